@@ -1,0 +1,131 @@
+"""The contract between an attention block and the model around it.
+
+The **host** is the backbone's side: its projections, q/k norms, rotary embedding and output projection, with the
+pretrained weights. It comes at call time, so a block owns only its extra parameters. Everything is token-major:
+q, k, v are (B, n, heads, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..spec import AttentionSpec, Segment, Site
+
+__all__ = ["Attention", "Call", "Extra", "Host", "Positions", "grid_positions"]
+
+
+class Positions(NamedTuple):
+    """Coordinates of grid tokens, one 1-D float tensor per axis: (T,), (H,), (W,). May be fractional."""
+
+    t: Tensor
+    h: Tensor
+    w: Tensor
+
+
+class Host(Protocol):
+    """What an attention may ask of the model around it."""
+
+    def project(self, x: Tensor, which: str) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Raw projections of x (B, n, C): `which` is ``"q"``, ``"k"`` or ``"v"`` → (B, n, width); ``"qkv"`` → all
+        three, in one matmul where the host's are fused."""
+
+    def heads(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
+        positions: Positions | None,
+        key_positions: Positions | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Norm, rotate and split raw (B, n, width) tensors into (B, n, heads, D), in the host's own order.
+
+        `positions` are those of q and, unless `key_positions` is given, of k. None stays None. A host without rotary
+        embedding ignores positions.
+        """
+
+    def rotate(self, z: Tensor, positions: Positions) -> Tensor:
+        """Apply the rotary embedding to (B, n, heads, D); the identity where the host has none."""
+
+    def out(self, y: Tensor) -> Tensor:
+        """Output projection: (B, n, heads*D) → (B, n, C)."""
+
+
+@dataclass
+class Extra:
+    """Tokens without a place on the grid, already normed, rotated and split: q, k, v (B, M, heads, D).
+
+    `key_mask` (B, M), True where the token is real. `segments` describe the M tokens in order.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None = None
+    segments: tuple[Segment, ...] = ()
+
+
+@dataclass
+class Call:
+    """Everything about one call that is not the hidden states.
+
+    `timestep` is on the 0..1000 scale, (B,), (B, T) or (B, N). `key_valid` (B, N) is True where a grid token is real.
+    `step` is (index, count) of the sampler, `branch` the guidance branch (plain Python). `state` is a dict made by the
+    model for whatever a mechanism keeps between calls, None when nothing may be kept.
+    """
+
+    grid: tuple[int, int, int]
+    timestep: Tensor | None = None
+    extra: Extra | None = None
+    key_valid: Tensor | None = None
+    step: tuple[int, int] | None = None
+    branch: str | None = None
+    state: dict[Any, Any] | None = None
+
+
+class Attention(nn.Module):
+    """Base class of attention blocks: hidden states (B, N, C) → (B, N, C) over a grid, through the host.
+
+    With `call.extra` the result is ``(y, y_extra)``, where y_extra (B, M, heads*D) has not been through an output
+    projection: the tokens' owner has its own.
+
+    `form` is ``"eager"`` or an export target; `export_form` sets it.
+    """
+
+    form: str = "eager"
+
+    def __init__(self, spec: AttentionSpec, site: Site):
+        super().__init__()
+        self.spec = spec
+        self.site = site
+
+    def forward(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def initial_values(self) -> dict[str, Any]:
+        """Initial values of this module's own parameters by name (see `ops.init`); those left out start as torch does."""
+        return {}
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.name}, layer={self.site.layer}"
+
+
+def grid_positions(grid: Sequence[int], device: torch.device | None = None) -> Positions:
+    """Integer coordinates of every token of the grid, per axis."""
+    t, h, w = (torch.arange(size, device=device, dtype=torch.float32) for size in grid)
+    return Positions(t, h, w)
+
+
+def refuse_segments(name: str, extra: Extra) -> None:
+    """Raise UsageError for policies that only a block-sparse design can honour."""
+    for segment in extra.segments:
+        if segment.rows != "dense" or segment.keys != "always":
+            raise UsageError(
+                f"attention {name!r} gives extra tokens dense rows and keys seen by all; segment {segment.kind!r} asks for "
+                f"rows={segment.rows}, keys={segment.keys}: use block_sparse"
+            )
