@@ -21,11 +21,17 @@ __all__ = ["Attention", "Call", "Extra", "Host", "Positions", "grid_positions"]
 
 
 class Positions(NamedTuple):
-    """Coordinates of grid tokens, one 1-D float tensor per axis: (T,), (H,), (W,). May be fractional."""
+    """Coordinates of grid tokens, one 1-D float tensor per axis: (T,), (H,), (W,). May be fractional.
+
+    `rule` says how a rotary embedding stretches beyond the sizes it was trained at (``none``, ``interpolate``, ``ntk``,
+    ``yarn``), `extent` how many positions each axis has.
+    """
 
     t: Tensor
     h: Tensor
     w: Tensor
+    rule: str = "none"
+    extent: tuple[int, int, int] | None = None
 
 
 class Host(Protocol):

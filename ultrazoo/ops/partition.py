@@ -1,0 +1,206 @@
+"""Cut a token grid into windows and put it together again, in two equal forms.
+
+The **rectangle** form handles each run of equal windows as one dense batch: exact at every size, no mask, no padding; it
+needs sizes that are plain ints. The **index** form gathers each axis with two-dimensional index arrays, repeats the last
+token where a window is short and says so in a key mask: it exports with symbolic sizes. Tensors are token-major:
+(B, T, H, W, heads, D).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .runs import AxisCut, Span
+
+Cuts = tuple[AxisCut, AxisCut, AxisCut]
+
+
+def _rectangles(cuts: Cuts) -> list[tuple[Span, Span, Span]]:
+    return list(itertools.product(*(cut.spans() for cut in cuts)))
+
+
+def _reorder(z: Tensor, cuts: Cuts, inverse: bool = False) -> Tensor:
+    for axis, cut in enumerate(cuts):
+        order = cut.order()
+        if order is not None:
+            index = torch.tensor(order, device=z.device)
+            z = z.index_select(axis + 1, index.argsort() if inverse else index)
+    return z
+
+
+def windows(z: Tensor, cuts: Cuts) -> list[Tensor]:
+    """(B, T, H, W, heads, D) → one (B*groups, heads, tokens, D) per rectangle of equal windows, batch outermost."""
+    z = _reorder(z, cuts)
+    pieces = []
+    for t, h, w in _rectangles(cuts):
+        # (B, ct, st, ch, sh, cw, sw, heads, D)
+        piece = z[:, t.start : t.stop, h.start : h.stop, w.start : w.stop]
+        piece = piece.unflatten(3, (w.count, w.size)).unflatten(2, (h.count, h.size)).unflatten(1, (t.count, t.size))
+        piece = piece.permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
+        groups = z.shape[0] * t.count * h.count * w.count
+        pieces.append(piece.reshape(groups, z.shape[4], t.size * h.size * w.size, z.shape[5]))
+    return pieces
+
+
+def token_windows(z: Tensor, cuts: Cuts) -> list[Tensor]:
+    """The same for per-token values (B, T, H, W): one (B*groups, tokens) per rectangle."""
+    return [piece[:, 0, :, 0] for piece in windows(z[..., None, None], cuts)]
+
+
+def unwindows(pieces: Sequence[Tensor], cuts: Cuts, batch: int) -> Tensor:
+    """The inverse of `windows`: pieces back to (B, T, H, W, heads, D)."""
+    spans = _rectangles(cuts)
+    views = []
+    for piece, (t, h, w) in zip(pieces, spans, strict=True):
+        view = piece.unflatten(2, (t.size, h.size, w.size)).unflatten(0, (batch, t.count, h.count, w.count))
+        # (B, ct, ch, cw, heads, st, sh, sw, D) → (B, ct, st, ch, sh, cw, sw, heads, D)
+        views.append(view.permute(0, 1, 5, 2, 6, 3, 7, 4, 8))
+    if len(views) == 1:
+        whole = views[0].flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    elif torch.is_grad_enabled() and pieces[0].requires_grad:
+        whole = _joined([view.flatten(5, 6).flatten(3, 4).flatten(1, 2) for view in views], cuts)
+    else:
+        shape = (batch, *(cut.length for cut in cuts), *pieces[0].shape[1::2])
+        whole = pieces[0].new_empty(shape)
+        for view, (t, h, w) in zip(views, spans, strict=True):
+            place = whole[:, t.start : t.stop, h.start : h.stop, w.start : w.stop]
+            place.unflatten(3, (w.count, w.size)).unflatten(2, (h.count, h.size)).unflatten(
+                1, (t.count, t.size)
+            ).copy_(view)
+    return _reorder(whole, cuts, inverse=True)
+
+
+def _joined(blocks: list[Tensor], cuts: Cuts) -> Tensor:
+    """Concatenate rectangles along W, then H, then T (rectangles come in t, h, w order)."""
+    for axis in (3, 2, 1):
+        runs = len(cuts[axis - 1].runs)
+        blocks = [torch.cat(blocks[i : i + runs], dim=axis) for i in range(0, len(blocks), runs)]
+    return blocks[0]
+
+
+# --- the index form -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AxisRule:
+    """How to cut an axis whose length is not known yet: `kind` and its number, `shift` tokens of the first window.
+
+    ``counts``: n balanced windows; ``size``: windows of n, the first of `shift` tokens when shift > 0; ``strided``: n
+    residue classes; ``whole``: one window; ``halves``: the n balanced windows, borders moved to their middles.
+    """
+
+    kind: Literal["whole", "counts", "size", "strided", "halves"]
+    number: int = 1
+    shift: int = 0
+
+
+@dataclass
+class AxisIndex:
+    """Index arrays of one axis: `gather` (windows, slots) tokens, `valid` the same shape, and for each token its
+    `window` and `slot`. All None for an axis in one window."""
+
+    gather: Tensor | None = None
+    valid: Tensor | None = None
+    window: Tensor | None = None
+    slot: Tensor | None = None
+
+
+def axis_index(rule: AxisRule, length: int, device: torch.device) -> AxisIndex:
+    """Index arrays of one axis; `length` may be symbolic. Shapes: gather and valid (windows, slots), rest (length,)."""
+    if rule.kind == "whole" or (rule.kind in ("counts", "strided") and rule.number == 1):
+        return AxisIndex()
+    tokens = torch.arange(length, device=device)
+    n = rule.number
+    if rule.kind == "strided":
+        slots = torch.arange((length + n - 1) // n, device=device)
+        at = torch.arange(n, device=device)[:, None] + slots * n
+        return AxisIndex(at.clamp(max=length - 1), at < length, tokens % n, tokens // n)
+    if rule.kind == "size":
+        before = (n - rule.shift) % n
+        count = (length + before + n - 1) // n
+        at = torch.arange(count, device=device)[:, None] * n + torch.arange(n, device=device) - before
+        return AxisIndex(
+            at.clamp(0, length - 1), (at >= 0) & (at < length), (tokens + before) // n, (tokens + before) % n
+        )
+    size, longer = length // n, length % n
+    index = torch.arange(n, device=device)
+    start = index * size + index.clamp(max=longer)
+    sizes = size + (index < longer)
+    split = longer * (size + 1)
+    window = torch.where(tokens < split, tokens // (size + 1), longer + (tokens - split) // size)
+    slots = torch.arange((length + n - 1) // n, device=device)
+    if rule.kind == "counts":
+        at = start[:, None] + slots
+        valid = slots < sizes[:, None]
+        return AxisIndex(torch.minimum(at, (start + sizes - 1)[:, None]), valid, window, tokens - start[window])
+    # halves: borders at the middles; window j runs from middle j-1 to middle j, the ends from 0 and to the end
+    middle = start + sizes // 2
+    first = torch.cat([torch.zeros_like(middle[:1]), middle])
+    last = torch.cat([middle, torch.zeros_like(middle[:1]) + length])
+    slots = torch.arange((length + n - 1) // n + 1, device=device)
+    at = first[:, None] + slots
+    window = window + (tokens >= middle[window])
+    gather = torch.minimum(at, (last - 1).clamp(min=0)[:, None])
+    return AxisIndex(gather, at < last[:, None], window, tokens - first[window])
+
+
+Indices = tuple[AxisIndex, AxisIndex, AxisIndex]
+
+
+def indices(rules: Sequence[AxisRule], grid: Sequence[int], device: torch.device) -> Indices:
+    """Index arrays of the three axes."""
+    t, h, w = (axis_index(rule, length, device) for rule, length in zip(rules, grid, strict=True))
+    return (t, h, w)
+
+
+def gathered(z: Tensor, axes: Indices) -> Tensor:
+    """(B, T, H, W, heads, D) → (B, Kt, St, Kh, Sh, Kw, Sw, heads, D)."""
+    for axis, index in enumerate(axes):
+        dim = 1 + 2 * axis
+        if index.gather is None:
+            z = z.unsqueeze(dim)
+        elif dim == 1:
+            z = z[:, index.gather]
+        elif dim == 3:
+            z = z[:, :, :, index.gather]
+        else:
+            z = z[:, :, :, :, :, index.gather]
+    return z
+
+
+def gathered_heads(z: Tensor, axes: Indices) -> Tensor:
+    """(B, T, H, W, heads, D) → (B*windows, heads, slots, D), batch outermost."""
+    return gathered(z, axes).permute(0, 1, 3, 5, 7, 2, 4, 6, 8).flatten(5, 7).flatten(0, 3)
+
+
+def gathered_mask(axes: Indices, grid: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
+    """Which gathered slots are real: (B*windows, slots), None where every one is."""
+    if all(index.valid is None for index in axes):
+        return None
+    parts = []
+    for index, length in zip(axes, grid, strict=True):
+        valid = index.valid
+        parts.append(torch.ones(1, length, dtype=torch.bool, device=device) if valid is None else valid)
+    t, h, w = parts
+    mask = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
+    mask = mask.flatten(3, 5).flatten(0, 2)
+    return mask.unsqueeze(0).expand(batch, -1, -1).flatten(0, 1)
+
+
+def scattered(y: Tensor, axes: Indices, grid: Sequence[int], batch: int) -> Tensor:
+    """The inverse of `gathered_heads`: (B*windows, heads, slots, D) → (B, T, H, W, heads, D)."""
+    counts = [1 if index.gather is None else index.gather.shape[0] for index in axes]
+    slots = [length if index.gather is None else index.gather.shape[1] for index, length in zip(axes, grid, strict=True)]
+    y = y.unflatten(0, (batch, *counts)).unflatten(5, tuple(slots))
+    # (B, Kt, Kh, Kw, heads, St, Sh, Sw, D) → (B, Kt, St, Kh, Sh, Kw, Sw, heads, D)
+    y = y.permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
+    t, h, w = axes
+    y = y.squeeze(1) if t.window is None else y[:, t.window, t.slot]
+    y = y.squeeze(2) if h.window is None else y[:, :, h.window, h.slot]
+    return y.squeeze(3) if w.window is None else y[:, :, :, w.window, w.slot]
