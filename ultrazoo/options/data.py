@@ -34,7 +34,7 @@ def to_data(spec: Any) -> Any:
     """Plain data that `parse` turns back into an equal spec: name first, options equal to their default left out."""
     if isinstance(spec, (Spec, Options)):
         data: dict[str, Any] = {"name": spec.name} if spec.name else {}
-        cls: type[Any] = type(spec)
+        cls: Any = type(spec)
         for row in declared(cls):
             value = getattr(spec, row.name)
             if row.required or not _same(value, row.default):
