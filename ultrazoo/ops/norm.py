@@ -1,0 +1,24 @@
+"""Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467) with fp32 statistics."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension; x (…, C), weight (C,) or None.
+
+    Statistics and scaling in fp32 for fp16 and bf16 inputs, result in the dtype of x.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        normed = F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype)
+        return normed if weight is None else normed * weight
+    # one reading pass for the norm, one for the scale: three times fewer passes than F.rms_norm on a CPU
+    wide_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype)
+    scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+    normed = (x * scale).to(x.dtype)
+    return normed if weight is None else normed * weight
