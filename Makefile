@@ -12,7 +12,7 @@ CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 WORKERS ?= 2
 ARGS ?=
-SOURCES := $(shell find ultrazoo recipes -name '*.py' -o -name '*.yaml')
+SOURCES := $(shell find ultrazoo $(wildcard recipes) -name '*.py' -o -name '*.yaml')
 DEMO := outputs/ultragen_4k
 
 # the interpreter of this machine is used as it is: nothing is downloaded behind the user's back
