@@ -1,0 +1,7 @@
+"""The only door to attention kernels: `attend`. See `door`."""
+
+from __future__ import annotations
+
+from .door import Inputs, KernelRow, Run, attend, record, table
+
+__all__ = ["Inputs", "KernelRow", "Run", "attend", "record", "table"]

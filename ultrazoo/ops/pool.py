@@ -36,7 +36,7 @@ def cells(x: Tensor, cell: Cell, ragged: Ragged = "exact", traced: bool = False)
         else:
             at = torch.arange(count, device=x.device)[:, None] * factor + torch.arange(factor, device=x.device)
             at = at.clamp(max=length - 1)
-            x = (x[:, at], None, x[:, :, :, at], None, x[:, :, :, :, :, at])[dim - 1]  # type: ignore[assignment]
+            x = x[(slice(None),) * dim + (at,)]
     return x
 
 

@@ -1,0 +1,236 @@
+"""One function computes softmax(QKᵀ)V, whatever kernel runs it.
+
+A kernel is a registered part that states its facts (devices, dtypes, head sizes, what it takes) and says why it cannot
+run given inputs. ``auto`` takes the first exact kernel of a fixed order that can; a forced kernel that cannot run raises
+with every candidate's reasons; lossy kernels run only by name. `record` shows what ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..errors import KernelError
+from ..spec import Spec
+
+PREFERENCE = ("flash_attn", "sdpa", "math")
+"""Order in which ``auto`` asks the built-in exact kernels."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call, as kernels see it: q (B, heads, Lq, D), k and v (B, heads, Lk, D or Dv)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None = None
+    bias: Tensor | None = None
+    log_weight: Tensor | None = None
+    block_map: Any = None
+    scale: float | None = None
+    return_lse: bool = False
+
+    @property
+    def needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(z.requires_grad for z in (self.q, self.k, self.v))
+
+    def __str__(self) -> str:
+        parts = [f"q {tuple(self.q.shape)}", f"k {tuple(self.k.shape)}", f"v {tuple(self.v.shape)}"]
+        parts += [str(self.q.dtype).removeprefix("torch."), str(self.q.device)]
+        for name in ("key_mask", "bias", "log_weight", "block_map"):
+            if getattr(self, name) is not None:
+                parts.append(f"with {name}")
+        if self.return_lse:
+            parts.append("returning lse")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec(Spec):
+    """Facts of one kernel, and the kernel.
+
+    `takes` lists what it accepts beside q, k, v: ``key_mask``, ``bias``, ``log_weight``, ``block_map``, ``lse``,
+    ``unequal`` (value channels other than D). Subclasses add `absent` and `run`.
+    """
+
+    kind: ClassVar[str] = "kernel"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
+    head_dims: ClassVar[tuple[int, int]] = (1, 1 << 16)
+    takes: ClassVar[frozenset[str]] = frozenset()
+    backward: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
+    exportable: ClassVar[bool] = False
+
+    @classmethod
+    def absent(cls) -> str:
+        """Why this kernel is not on this machine; empty when it is."""
+        return ""
+
+    @classmethod
+    def reasons(cls, inputs: Inputs) -> list[str]:
+        """Everything that keeps this kernel from running `inputs`; empty when it can."""
+        found = [cls.absent()] if cls.absent() else []
+        if inputs.q.device.type not in cls.devices:
+            found.append(f"runs on {'/'.join(cls.devices)}, inputs are on {inputs.q.device.type}")
+        if inputs.q.dtype not in cls.dtypes:
+            found.append(f"does not take {str(inputs.q.dtype).removeprefix('torch.')}")
+        low, high = cls.head_dims
+        if not low <= inputs.q.shape[-1] <= high:
+            found.append(f"head size {inputs.q.shape[-1]} is outside {low}-{high}")
+        for name in ("key_mask", "bias", "log_weight", "block_map"):
+            if getattr(inputs, name) is not None and name not in cls.takes:
+                found.append(f"takes no {name}")
+        if inputs.return_lse and "lse" not in cls.takes:
+            found.append("does not return lse")
+        if inputs.v.shape[-1] != inputs.q.shape[-1] and "unequal" not in cls.takes:
+            found.append("needs equal head sizes of q and v")
+        if inputs.needs_grad and not cls.backward:
+            found.append("has no backward")
+        if _tracing() and not cls.exportable:
+            found.append("does not export")
+        return found
+
+    @classmethod
+    def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Output (B, heads, Lq, Dv) and, where asked, log-sum-exp (B, heads, Lq) in fp32 or wider."""
+        raise TypeError(f"{cls.__name__} has no kernel")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call that went through the door: the kernel and the shapes of q and k."""
+
+    kernel: str
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+
+
+_RECORDS: contextvars.ContextVar[tuple[list[Run], ...]] = contextvars.ContextVar("ultrazoo_kernel_records", default=())
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Run]]:
+    """Collect every call through the door inside the ``with`` block, in order."""
+    runs: list[Run] = []
+    token = _RECORDS.set((*_RECORDS.get(), runs))
+    try:
+        yield runs
+    finally:
+        _RECORDS.reset(token)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    block_map: Any = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    kernel: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(QKᵀ·scale)V on q (B, heads, Lq, D), k (B, heads, Lk, D), v (B, heads, Lk, Dv) → (B, heads, Lq, Dv).
+
+    key_mask (B, 1, 1, Lk) bool: True where a key takes part (nearly free). bias broadcastable to (B, heads, Lq, Lk),
+    added to the scores (costs the fused path). log_weight (B, 1 | heads, 1, Lk): added to every score of a key.
+    block_map: key blocks that each query block visits. scale: None means D**-0.5. return_lse: also the log-sum-exp of
+    the scores (B, heads, Lq), differentiable. kernel: a registered name, or ``auto``.
+
+    Raises KernelError with every candidate's reasons when nothing can run, or when a forced kernel cannot.
+    """
+    inputs = Inputs(q, k, v, key_mask, bias, log_weight, block_map, scale, return_lse)
+    name, spec = _choose(inputs, kernel)
+    if not _tracing():
+        for runs in _RECORDS.get():
+            runs.append(Run(name, tuple(q.shape), tuple(k.shape)))
+    out, lse = spec.run(inputs)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise KernelError(f"kernel {name!r} returned no lse")
+    return out, lse
+
+
+def _choose(inputs: Inputs, kernel: str) -> tuple[str, type[KernelSpec]]:
+    if kernel == "auto":
+        refused = {}
+        for name in PREFERENCE:
+            spec = registry.find("kernel", name)
+            why = spec.reasons(inputs)
+            if not why:
+                return name, spec
+            refused[name] = why
+        raise KernelError(_explain("no kernel can run these inputs", inputs, refused))
+    spec = registry.find("kernel", kernel)
+    why = spec.reasons(inputs)
+    if why:
+        refused = {kernel: why}
+        for name in PREFERENCE:
+            refused.setdefault(name, registry.find("kernel", name).reasons(inputs))
+        raise KernelError(_explain(f"kernel {kernel!r} was asked for and cannot run", inputs, refused))
+    return spec.name, spec
+
+
+def _explain(title: str, inputs: Inputs, refused: dict[str, Sequence[str]]) -> str:
+    lines = [f"{title} ({inputs}):"]
+    lines += [f"  {name}: {'; '.join(why) or 'can run'}" for name, why in refused.items()]
+    return "\n".join(lines)
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One line of ``ultrazoo list kernels``; `reason` is empty where the kernel can be used."""
+
+    name: str
+    summary: str
+    devices: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    head_dims: tuple[int, int]
+    takes: tuple[str, ...]
+    backward: bool
+    exact: bool
+    exportable: bool
+    reason: str
+
+
+def table() -> list[KernelRow]:
+    """Every kernel with its facts and, where it cannot be used on this machine, why. Built-ins come first."""
+    rows = []
+    for entry in registry.entries("kernel"):
+        if not entry.builtin and entry.status != "local":
+            rows.append(
+                KernelRow(entry.name, entry.summary, (), (), (0, 0), (), False, False, False, entry.problem or entry.status)
+            )
+            continue
+        spec: type[KernelSpec] = registry.find("kernel", entry.name)
+        rows.append(
+            KernelRow(
+                name=entry.name,
+                summary=entry.summary,
+                devices=spec.devices,
+                dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in spec.dtypes),
+                head_dims=spec.head_dims,
+                takes=tuple(sorted(spec.takes)),
+                backward=spec.backward,
+                exact=spec.exact,
+                exportable=spec.exportable,
+                reason=spec.absent(),
+            )
+        )
+    return rows

@@ -1,0 +1,58 @@
+"""Matmul, softmax, matmul, in chunks of queries: takes everything, on every device, and is the slowest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .door import Inputs, KernelSpec
+from .sdpa import additive
+
+CHUNK_ELEMENTS = 1 << 26
+"""Most scores held at once, over batch and heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MathSpec(KernelSpec):
+    """Plain arithmetic with fp32 softmax; queries in chunks, so that memory grows with keys and not with their square.
+
+    In a traced graph there is one chunk, and the scores (B, heads, Lq, Lk) appear as a tensor.
+    """
+
+    name: ClassVar[str] = "math"
+    source: ClassVar[str] = "Vaswani et al., arXiv 1706.03762, equation 1"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "xpu", "meta")
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    takes: ClassVar[frozenset[str]] = frozenset({"key_mask", "bias", "log_weight", "lse", "unequal"})
+    exportable: ClassVar[bool] = True
+
+    @classmethod
+    def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
+        mask = additive(inputs)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return _rows(inputs.q, inputs, mask, scale)
+        batch, heads, queries = inputs.q.shape[:3]
+        step = max(1, CHUNK_ELEMENTS // max(1, batch * heads * inputs.k.shape[2]))
+        outs, lses = [], []
+        for start in range(0, queries, step):
+            rows = slice(start, start + step)
+            part = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+            out, lse = _rows(inputs.q[:, :, rows], inputs, part, scale)
+            outs.append(out)
+            lses.append(lse)
+        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q.to(wide) * scale) @ inputs.k.to(wide).transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
+    lse = scores.logsumexp(dim=-1)
+    # a row without any key has lse = -inf: its weights are 0, not NaN
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
+    return (weights @ inputs.v.to(wide)).to(q.dtype), lse

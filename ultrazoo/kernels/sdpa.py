@@ -1,0 +1,123 @@
+"""torch's scaled_dot_product_attention: flash, cuDNN, memory-efficient or math, as torch chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .door import Inputs, KernelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdpaSpec(KernelSpec):
+    """`torch.nn.functional.scaled_dot_product_attention`; with lse, the flash operator behind it."""
+
+    name: ClassVar[str] = "sdpa"
+    source: ClassVar[str] = "torch.nn.functional.scaled_dot_product_attention"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "xpu", "meta")
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    takes: ClassVar[frozenset[str]] = frozenset({"key_mask", "bias", "log_weight", "lse", "unequal"})
+    exportable: ClassVar[bool] = True
+
+    @classmethod
+    def reasons(cls, inputs: Inputs) -> list[str]:
+        found = super().reasons(inputs)
+        if inputs.return_lse:
+            found += _lse_reasons(inputs)
+        return found
+
+    @classmethod
+    def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        if inputs.return_lse:
+            out, lse = _FlashLse.apply(inputs.q, inputs.k, inputs.v, inputs.scale)  # type: ignore[no-untyped-call]
+            return out, lse
+        mask = additive(inputs)
+        return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, mask, scale=inputs.scale), None
+
+
+def additive(inputs: Inputs) -> Tensor | None:
+    """key_mask, log_weight and bias as the one mask that scaled_dot_product_attention takes."""
+    mask = inputs.key_mask
+    for term in (inputs.log_weight, inputs.bias):
+        if term is None:
+            continue
+        term = term.to(inputs.q.dtype)
+        if mask is None:
+            mask = term
+        elif mask.dtype == torch.bool:
+            mask = term.masked_fill(~mask, float("-inf"))
+        else:
+            mask = mask + term
+    return mask
+
+
+def _lse_reasons(inputs: Inputs) -> list[str]:
+    """The operators that return lse are narrower than scaled_dot_product_attention."""
+    found = []
+    if inputs.q.device.type not in ("cpu", "cuda"):
+        found.append(f"returns lse on cpu and cuda only, inputs are on {inputs.q.device.type}")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        found.append("does not return lse in a traced graph")
+    if inputs.q.device.type == "cuda" and inputs.q.dtype not in (torch.float16, torch.bfloat16):
+        found.append("returns lse on cuda for float16 and bfloat16 only")
+    for name in ("key_mask", "bias", "log_weight"):
+        if getattr(inputs, name) is not None:
+            found.append(f"does not return lse together with a {name}")
+    if inputs.v.shape[-1] != inputs.q.shape[-1]:
+        found.append("returns lse for equal head sizes only")
+    return found
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Output, lse (B, heads, Lq) and what the backward operator wants besides."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return out, lse, ()
+    out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    return out, lse, tuple(rest[:6])
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple[Any, ...], scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+            grad, q, k, v, out, lse, 0.0, False, scale=scale
+        )
+    cum_q, cum_k, max_q, max_k, seed, offset = rest
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+        grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset, scale=scale
+    )
+
+
+class _FlashLse(torch.autograd.Function):
+    """Attention that returns lse and lets gradients flow through it.
+
+    With P the attention weights and g the gradient of lse: dq += s·g·(P k), dk += s·Pᵀ(g q). Both are what the flash
+    operators compute when k stands in for v: an output, and a gradient of the values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        out, lse, rest = _flash(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse, *(r for r in rest if isinstance(r, Tensor)))
+        ctx.rest = tuple(None if isinstance(r, Tensor) else r for r in rest)
+        ctx.scale = scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        kept = iter(tensors)
+        rest = tuple(next(kept) if r is None else r for r in ctx.rest)
+        grad_out, grad_lse = grads
+        dq, dk, dv = _flash_backward(grad_out.contiguous(), q, k, v, out, lse, rest, ctx.scale)
+        scale = q.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
+        weight = (grad_lse * scale).to(q.dtype).unsqueeze(-1)
+        mean_k, again, more = _flash(q, k, k, ctx.scale)
+        _, _, extra = _flash_backward((weight * q).contiguous(), q, k, k, mean_k, again, more, ctx.scale)
+        return dq + weight * mean_k, dk + extra, dv, None
