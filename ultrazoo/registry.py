@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import signal
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -69,6 +72,10 @@ _TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("backbone", "wan", "backbones.wan:WanSpec", "Wan 2.1 and 2.2 text-to-video transformer", ()),
     ("backbone", "dit", "backbones.dit:DitSpec", "class-conditional DiT, image and video", ("DiT",)),
 )
+
+import_seconds: float | None = None
+"""Longest time one plugin's import may take; None, the default in a library, sets no limit. The command line sets one.
+It holds on the main thread of a system with interval timers."""
 
 _LOCAL: dict[tuple[str, str], tuple[Entry, Any]] = {}
 """Parts registered in this process, by `register` or ``--plugin file.py``."""
@@ -175,7 +182,9 @@ def entry(kind: str, name: str) -> Entry:
     allowed = names(kind)
     hint = near(name, [*allowed, *(alias for e in entries(kind) for alias in e.aliases)])
     if "/" in name and not hint:
-        hint = f"no installed package offers it (for a plugin: pip install the package of vendor {name.split('/')[0]!r})"
+        hint = (
+            f"no installed package offers it (for a plugin: pip install the package of vendor {name.split('/')[0]!r})"
+        )
     raise RegistryError(f"unknown {kind} {name!r}" + (f"; {hint}" if hint else "") + f"; known: {listed(allowed)}")
 
 
@@ -189,15 +198,45 @@ def find(kind: str, name: str) -> Any:
         return _LOCAL[(kind, row.name)][1]
     if row.builtin:
         return _import(row.target)
+    who = f"{kind} {row.name!r} of {row.distribution} {row.version}"
     try:
-        found = _import(row.target)
-    except Exception as error:  # a plugin may raise anything at import
-        cause = f"{type(error).__name__}: {error}"
-        raise RegistryError(
-            f"{kind} {row.name!r} of {row.distribution} {row.version} does not import: {cause}"
-        ) from error
+        with _limited():
+            found = _import(row.target)
+    except _TooSlow:
+        raise RegistryError(f"{who} does not import: still not done after {import_seconds:g} s") from None
+    except (Exception, SystemExit) as error:  # a plugin may raise anything at import
+        raise RegistryError(f"{who} does not import: {cause(error)}") from error
     check_contract(row, found)
     return found
+
+
+def cause(error: BaseException) -> str:
+    """One line for an exception that someone else's code raised."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class _TooSlow(BaseException):
+    """An import that ran past its limit; not an Exception, so that the plugin's own handlers let it through."""
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Raise _TooSlow inside the block after `import_seconds`."""
+    seconds = import_seconds
+    if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def expire(*_: Any) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_contract(row: Entry, found: Any) -> None:
@@ -270,10 +309,14 @@ def load_file(path: str | Path) -> list[Entry]:
     module = importlib.util.module_from_spec(loader)
     sys.modules[module_name] = module
     try:
-        loader.loader.exec_module(module)
-    except Exception as error:  # someone else's file may raise anything
+        with _limited():
+            loader.loader.exec_module(module)
+    except _TooSlow:
         del sys.modules[module_name]
-        raise RegistryError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+        raise RegistryError(f"--plugin {path}: import still not done after {import_seconds:g} s") from None
+    except (Exception, SystemExit) as error:  # someone else's file may raise anything
+        del sys.modules[module_name]
+        raise RegistryError(f"--plugin {path}: {cause(error)}") from error
     specs = [
         value
         for value in vars(module).values()

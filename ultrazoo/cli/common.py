@@ -1,0 +1,79 @@
+"""What several verbs share: telling recipes from overrides, and the options that they have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from ..errors import UsageError
+
+GLOBALS = "--debug and --plugin FILE.py may stand anywhere on the line."
+
+_OVERRIDE = re.compile(r"^[^=/\\\s]+=")
+"""``dotted.path=value``. A file's path has a slash before the sign of equality, or exists."""
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument is ``key=value`` and not the path of a recipe."""
+    return bool(_OVERRIDE.match(argument)) and not Path(argument).exists()
+
+
+def split(arguments: Sequence[str], *, verb: str, many: bool = False) -> tuple[list[str], list[str]]:
+    """Recipes and ``key=value`` overrides, in their order.
+
+    Raises UsageError when there is no recipe, or more than one where the verb takes one.
+    """
+    recipes = [argument for argument in arguments if not is_override(argument)]
+    overrides = [argument for argument in arguments if is_override(argument)]
+    if not recipes:
+        got = f", got only the override {overrides[0]!r}" if overrides else ""
+        raise UsageError(f"{verb} needs a recipe, by path or name{got}; `ultrazoo list recipes` shows those shipped")
+    if len(recipes) > 1 and not many:
+        raise UsageError(
+            f"{verb} takes one recipe followed by key=value overrides, got {len(recipes)} recipes: {', '.join(recipes)}"
+        )
+    return recipes, overrides
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shell completion: names of shipped recipes, and recipe files beside the text typed so far."""
+    base = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
+    files = [str(path) for pattern in ("*.yaml", "*.yml") for path in base.glob(pattern)] if base.is_dir() else []
+    return [name for name in [*recipe_names(), *files] if name.startswith(incomplete)]
+
+
+def recipe_names() -> list[str]:
+    """Names under which recipes can be addressed."""
+    from ..catalog import recipe_entries
+
+    return [row.name for row in recipe_entries()]
+
+
+def complete_kind(incomplete: str) -> list[str]:
+    """Shell completion: what `list` can show."""
+    from ..registry import KINDS
+
+    return [kind for kind in (*KINDS, "plugins", "kernels", "recipes") if kind.startswith(incomplete)]
+
+
+def complete_name(incomplete: str) -> list[str]:
+    """Shell completion: every registered name."""
+    from ..registry import entries
+
+    return sorted({row.name for row in entries() if row.name.startswith(incomplete)})
+
+
+RECIPE = typer.Argument(
+    help="A recipe by path or name, then key=value overrides.",
+    metavar="RECIPE [KEY=VALUE]...",
+    autocompletion=complete_recipe,
+)
+RECIPES = typer.Argument(
+    help="Recipes by path or name, then key=value overrides (applied to each).",
+    metavar="RECIPE... [KEY=VALUE]...",
+    autocompletion=complete_recipe,
+)
+JSON = typer.Option("--json", help="Print JSON instead of text.")
