@@ -164,6 +164,12 @@ def attend(
 
 
 def _choose(inputs: Inputs, kernel: str) -> tuple[str, type[KernelSpec]]:
+    if kernel == "auto" and _tracing():
+        # a compiler follows this code: decide without a look at the registry
+        from .math import MathSpec
+        from .sdpa import SdpaSpec
+
+        return ("math", MathSpec) if inputs.return_lse else ("sdpa", SdpaSpec)
     if kernel == "auto":
         refused = {}
         for name in PREFERENCE:
