@@ -31,7 +31,7 @@ class Rows(AttentionSpec):
     extra: int = option(7, "parameters of its own")
 
     def cost(self, site: Site) -> Cost:
-        t, h, w = site.grid
+        _, h, w = site.grid
         frame, row = site.tokens * h * w, site.tokens * w
         flops = [4 * pairs * site.inner for pairs in (frame, row)]
         return Cost(
@@ -47,7 +47,7 @@ class Rows(AttentionSpec):
         )
 
     def visible_by_branch(self, site: Site, queries: Sequence[int]) -> dict[str, np.ndarray]:
-        t, h, w = site.grid
+        _, h, w = site.grid
         tokens = np.arange(site.tokens)
         q = np.asarray(queries)
         return {
