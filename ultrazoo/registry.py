@@ -28,7 +28,11 @@ KINDS = ("attention", "layout", "shift", "compress", "fuse", "selector", "far_fi
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name. `target` is ``module:attribute``; `problem` says why a plugin cannot be used."""
+    """One registered name. `target` is ``module:attribute``; `problem` says why a plugin cannot be used.
+
+    `start` says how an attention begins on pretrained weights, for lists that may not import it; empty where the part is
+    not an attention or has not been loaded. The class's traits have the whole of it.
+    """
 
     kind: str
     name: str
@@ -39,6 +43,7 @@ class Entry:
     version: str = ""
     status: str = "built-in"
     problem: str = ""
+    start: str = ""
 
     @property
     def builtin(self) -> bool:
@@ -73,6 +78,15 @@ _TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("backbone", "dit", "backbones.dit:DitSpec", "class-conditional DiT, image and video", ("DiT",)),
 )
 
+_STARTS = {
+    "full": "exact",
+    "original": "exact",
+    "by_head": "as its groups do",
+    "branched": "needs tuning",
+    "ultragen": "needs tuning",
+}
+"""`Traits.start` of the built-in attentions with their defaults, in a word; a test compares them."""
+
 import_seconds: float | None = None
 """Longest time one plugin's import may take; None, the default in a library, sets no limit. The command line sets one.
 It holds on the main thread of a system with interval timers."""
@@ -90,7 +104,15 @@ def _version() -> str:
 @lru_cache(maxsize=1)
 def _builtins() -> dict[tuple[str, str], Entry]:
     return {
-        (kind, name): Entry(kind, name, f"ultrazoo.{target}", summary, aliases, version=_version())
+        (kind, name): Entry(
+            kind,
+            name,
+            f"ultrazoo.{target}",
+            summary,
+            aliases,
+            version=_version(),
+            start=_STARTS.get(name, "") if kind == "attention" else "",
+        )
         for kind, name, target, summary, aliases in _TABLE
     }
 

@@ -76,4 +76,4 @@ RECIPES = typer.Argument(
     metavar="RECIPE... [KEY=VALUE]...",
     autocompletion=complete_recipe,
 )
-JSON = typer.Option("--json", help="Print JSON instead of text.")
+JSON = typer.Option(False, "--json", help="Print JSON instead of text.")

@@ -86,33 +86,9 @@ def _rightward(right: str, column: int) -> bool:
     return column < len(right) and right[column] == "r"
 
 
-def count(number: float, unit: str = "") -> str:
-    """A large number for people: ``1.42 G``, ``7.09 PFLOP``; below 1000 as it is."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= factor:
-            return (
-                f"{number / factor:.3g} {prefix}{unit}"
-                if abs(number) / factor < 999.5
-                else f"{number / factor:.0f} {prefix}{unit}"
-            )
-    return f"{number:g} {unit}".rstrip()
-
-
 def size(number: float) -> str:
     """Bytes for people, in binary units: ``2.65 GiB``."""
     for factor, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(number) >= factor:
             return f"{number / factor:.3g} {prefix}" if number / factor < 999.5 else f"{number / factor:.0f} {prefix}"
     return f"{int(number)} B"
-
-
-def duration(seconds: float) -> str:
-    """A span of time for people: ``12.3 s``, ``8 min 20 s``, ``3 h 05 min``."""
-    if seconds < 1:
-        return f"{seconds * 1000:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

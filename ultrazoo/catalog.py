@@ -1,0 +1,205 @@
+"""What there is to use: registered parts, recipes, and everything that can be said about one name.
+
+Listing imports no part; `describe` imports the one it is asked about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import registry
+from .errors import RegistryError, listed, near
+from .registry import Entry
+from .spec import AttentionSpec, BackboneSpec, Traits
+
+
+def list_entries(kind: str | None = None) -> list[Entry]:
+    """Every registered part (of one kind): built-in, registered here, installed. Raises RegistryError for another kind."""
+    return registry.entries(kind)
+
+
+@dataclass(frozen=True)
+class OptionRow:
+    """One option of a part: what it takes, its default as recipe data (None with `required`), what it means."""
+
+    name: str
+    takes: str
+    default: Any
+    required: bool
+    doc: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything known about one part. `start`, `limits` and `export` are empty where they do not apply."""
+
+    kind: str
+    name: str
+    summary: str
+    about: str
+    source: str
+    origin: str
+    aliases: tuple[str, ...]
+    start: str
+    options: tuple[OptionRow, ...]
+    limits: tuple[str, ...]
+    export: tuple[str, ...]
+    presets: tuple[str, ...]
+    recipe: Mapping[str, Any] | None
+
+    def data(self) -> dict[str, Any]:
+        """The description as plain data."""
+        return dataclasses.asdict(self)
+
+
+def describe(name: str, kind: str | None = None) -> Description:
+    """Everything known about the part called `name` (an alias will do); imports it.
+
+    Raises RegistryError when no kind has the name, or when several do and `kind` does not choose.
+    """
+    row = _locate(name, kind)
+    cls = registry.find(row.kind, row.name)
+    spec = _example(cls)
+    traits = spec.traits() if isinstance(spec, AttentionSpec) else None
+    return Description(
+        kind=row.kind,
+        name=row.name,
+        summary=row.summary,
+        about=inspect.cleandoc(cls.__doc__ or ""),
+        source=cls.source,
+        origin="built-in" if row.builtin else f"{row.distribution} {row.version}".rstrip(),
+        aliases=row.aliases,
+        start=str(traits.start) if traits else "",
+        options=_options(cls),
+        limits=_limits(traits) if traits else (),
+        export=tuple(traits.export) if traits else (),
+        presets=tuple(getattr(cls, "presets", ()) or ()),
+        recipe=_minimal(cls, spec),
+    )
+
+
+def _locate(name: str, kind: str | None) -> Entry:
+    if kind is not None:
+        return registry.entry(kind, name)
+    found = []
+    for each in registry.KINDS:
+        known = {alias.casefold() for row in registry.entries(each) for alias in (row.name, *row.aliases)}
+        if name.casefold() in known:
+            found.append(each)
+    # a part's own name beats an alias of another kind's
+    exact = [each for each in found if any(row.name == name for row in registry.entries(each))]
+    found = exact or found
+    if len(found) > 1:
+        raise RegistryError(f"{name!r} is the name of several parts; choose with --kind: {listed(found)}")
+    if not found:
+        everything = sorted({alias for row in registry.entries() for alias in (row.name, *row.aliases)})
+        hint = near(name, everything) or "`ultrazoo list` shows every name"
+        raise RegistryError(f"nothing is called {name!r}; {hint}")
+    return registry.entry(found[0], name)
+
+
+def _options(cls: Any) -> tuple[OptionRow, ...]:
+    from .options import declared, expected, to_data
+
+    return tuple(
+        OptionRow(row.name, expected(row), None if row.required else to_data(row.default), row.required, row.doc)
+        for row in declared(cls)
+    )
+
+
+def _example(cls: Any) -> Any:
+    """The part with its defaults, or its first example where an option must be given."""
+    from .options import declared
+
+    if not any(row.required for row in declared(cls)):
+        return cls()
+    examples = getattr(cls, "examples", list)()
+    return examples[0][0] if examples else None
+
+
+def _limits(traits: Traits) -> tuple[str, ...]:
+    rows = []
+    if traits.needs:
+        rows.append(f"needs {listed(sorted(traits.needs))}")
+    if not traits.extra:
+        rows.append("takes no extra tokens (joint text, registers)")
+    if not traits.key_valid:
+        rows.append("takes no padded grid tokens")
+    rows.append(f"exports with dynamic sizes from grid {traits.min_grid}" if traits.export else "does not export")
+    if traits.visible != "exact":
+        rows.append("what a query may depend on is known as an upper bound")
+    if traits.exact_at_init:
+        rows.append("a fresh block equals full attention with the host's weights")
+    if traits.notes:
+        rows.append(traits.notes)
+    return tuple(rows)
+
+
+def _minimal(cls: Any, spec: Any) -> dict[str, Any] | None:
+    """The smallest recipe that uses the part; None where a recipe does not name parts of its kind."""
+    from .options import to_data
+
+    if isinstance(spec, BackboneSpec) or issubclass(cls, BackboneSpec):
+        preset = next(iter(cls.presets), None)
+        return _recipe(cls.name, backbone={"name": cls.name, **({"preset": preset} if preset else {})})
+    if issubclass(cls, AttentionSpec):
+        return _recipe(cls.name, attention=to_data(spec)) if spec is not None else None
+    if cls.kind == "kernel":
+        return _recipe(cls.name, attention={"name": "full", "kernel": cls.name})
+    used = to_data(spec) if spec is not None else _use_of(cls)
+    return _recipe(cls.name, attention=_branched(cls.kind, used)) if used is not None else None
+
+
+def _recipe(name: str, *, attention: Any = None, backbone: Any = None) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "name": f"my_{name.replace('/', '_').replace('-', '_')}",
+        "video": {"width": 832, "height": 480, "frames": 81},
+        "backbone": backbone or {"name": "wan", "preset": "t2v_1_3b"},
+        "attention": {"*": attention or {"name": "full"}},
+    }
+
+
+def _branched(kind: str, part: Any) -> dict[str, Any] | None:
+    """A two-branch attention in which `part` stands where parts of its kind do."""
+    local: dict[str, Any] = {"layout": {"name": "windows", "counts": [4, 4]}}
+    overview: dict[str, Any] = {"compress": {"name": "avg_pool", "factor": 4}}
+    fuse: Any = {"name": "weights"}
+    if kind in ("layout", "shift"):
+        local[kind] = part
+    elif kind == "compress":
+        overview[kind] = part
+    elif kind == "fuse":
+        fuse = part
+    else:
+        return None
+    return {"name": "branched", "branches": {"local": local, "overview": overview}, "fuse": fuse}
+
+
+def _use_of(cls: Any) -> Any:
+    """How the examples of `branched` write a part that cannot be written by its name alone."""
+    from .options import to_data
+
+    for spec, _ in registry.find("attention", "branched").examples():
+        for found in _parts(spec):
+            if type(found) is cls:
+                return to_data(found)
+    return None
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Every spec and option group inside a spec, itself included."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield value
+        for field in dataclasses.fields(value):
+            yield from _parts(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _parts(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _parts(item)
