@@ -1,0 +1,131 @@
+"""Softmax attention inside the windows of a token grid, with extra keys and invalid tokens: the core of every layout.
+
+q, k, v are (B, T, H, W, heads, D); queries and keys may live on different grids (compressed keys) as long as both are cut
+into the same number of windows per axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels import attend
+from ..ops import partition
+from ..ops.partition import AxisRule, Cuts
+from ..ops.runs import AxisCut
+from .contract import Extra
+
+
+def aligned(queries: AxisCut, keys: AxisCut) -> tuple[AxisCut, AxisCut]:
+    """The same cuts with runs split so that run i of one goes with run i of the other."""
+    if queries.runs == keys.runs:
+        return queries, keys
+    runs: list[tuple[int, int, int]] = []
+    for q, k in zip(queries.sizes(), keys.sizes(), strict=True):
+        if runs and runs[-1][1:] == (q, k):
+            runs[-1] = (runs[-1][0] + 1, q, k)
+        else:
+            runs.append((1, q, k))
+    return (
+        AxisCut(tuple((count, q) for count, q, _ in runs), queries.stride),
+        AxisCut(tuple((count, k) for count, _, k in runs), keys.stride),
+    )
+
+
+def attend_cuts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_cuts: Cuts,
+    k_cuts: Cuts,
+    *,
+    extra: Extra | None = None,
+    key_valid: Tensor | None = None,
+    lse: bool = False,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention inside windows, in the rectangle form.
+
+    key_valid (B, *key grid) is False where a key is not real. Returns (B, T, H, W, heads, D) and, with `lse`, the
+    log-sum-exp (B, T, H, W, heads, 1).
+    """
+    batch = q.shape[0]
+    pairs = [aligned(a, b) for a, b in zip(q_cuts, k_cuts, strict=True)]
+    q_cuts = (pairs[0][0], pairs[1][0], pairs[2][0])
+    k_cuts = (pairs[0][1], pairs[1][1], pairs[2][1])
+    masks: list[Tensor | None] = [None] * len(partition._rectangles(k_cuts))
+    if key_valid is not None:
+        masks = list(partition.token_windows(key_valid, k_cuts))
+    outs, lses = [], []
+    for qw, kw, vw, mask in zip(*(partition.windows(z, c) for z, c in ((q, q_cuts), (k, k_cuts), (v, k_cuts))), masks, strict=True):
+        out, found = _attend(qw, kw, vw, mask, extra, lse, kernel)
+        outs.append(out)
+        lses.append(found)
+    y = partition.unwindows(outs, q_cuts, batch)
+    if not lse:
+        return y, None
+    return y, partition.unwindows([found.unsqueeze(-1) for found in lses if found is not None], q_cuts, batch)
+
+
+def attend_rules(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_rules: Sequence[AxisRule],
+    k_rules: Sequence[AxisRule],
+    *,
+    extra: Extra | None = None,
+    key_valid: Tensor | None = None,
+    lse: bool = False,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The same in the index form: sizes may be symbolic."""
+    batch, q_grid, k_grid = q.shape[0], q.shape[1:4], k.shape[1:4]
+    q_axes = partition.indices(q_rules, q_grid, q.device)
+    k_axes = q_axes if k is q or (q_rules == k_rules and q_grid == k_grid) else partition.indices(k_rules, k_grid, k.device)
+    mask = partition.gathered_mask(k_axes, k_grid, batch, k.device)
+    if key_valid is not None:
+        valid = partition.gathered_heads(key_valid[..., None, None], k_axes)[:, 0, :, 0]
+        mask = valid if mask is None else mask & valid
+    qw, kw, vw = (partition.gathered_heads(z, axes) for z, axes in ((q, q_axes), (k, k_axes), (v, k_axes)))
+    out, found = _attend(qw, kw, vw, mask, extra, lse, kernel)
+    y = partition.scattered(out, q_axes, q_grid, batch)
+    if found is None:
+        return y, None
+    return y, partition.scattered(found.unsqueeze(-1), q_axes, q_grid, batch)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: Extra | None, lse: bool, kernel: str
+) -> tuple[Tensor, Tensor | None]:
+    """One batch of equal windows: q, k, v (B*groups, heads, tokens, D), mask (B*groups, keys)."""
+    if extra is not None:
+        groups = k.shape[0] // extra.k.shape[0]
+        more_k, more_v = (z.transpose(1, 2).repeat_interleave(groups, dim=0) for z in (extra.k, extra.v))
+        if mask is not None or extra.key_mask is not None:
+            own = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+            more = (
+                torch.ones(k.shape[0], more_k.shape[2], dtype=torch.bool, device=k.device)
+                if extra.key_mask is None
+                else extra.key_mask.repeat_interleave(groups, dim=0)
+            )
+            mask = torch.cat([own, more], dim=1)
+        k, v = torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2)
+    key_mask = None if mask is None else mask[:, None, None]
+    if lse:
+        out, found = attend(q, k, v, key_mask=key_mask, return_lse=True, kernel=kernel)
+        return out, found
+    out = attend(q, k, v, key_mask=key_mask, kernel=kernel)
+    assert isinstance(out, Tensor)
+    return out, None
+
+
+def attend_extra(
+    extra: Extra, k: Tensor, v: Tensor, key_valid: Tensor | None = None, kernel: str = "auto"
+) -> Tensor:
+    """Extra queries see every grid key (B, N, heads, D) and every extra key: → (B, M, heads*D)."""
+    mask = None if key_valid is None else key_valid.flatten(1)
+    out, _ = _attend(extra.q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, extra, False, kernel)
+    return out.transpose(1, 2).flatten(2)
