@@ -85,7 +85,15 @@ def commands() -> str:
     from ultrazoo.cli.app import Settings, program
 
     group = program(Settings())
-    lines = ["# Commands", "", _sentence(group.help or ""), "", "```text", "ultrazoo [--debug] [--plugin FILE.py] COMMAND ...", "```"]
+    lines = [
+        "# Commands",
+        "",
+        _sentence(group.help or ""),
+        "",
+        "```text",
+        "ultrazoo [--debug] [--plugin FILE.py] COMMAND ...",
+        "```",
+    ]
     if group.epilog:
         lines += ["", group.epilog]
     for name, command in group.commands.items():

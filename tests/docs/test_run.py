@@ -1,0 +1,42 @@
+"""Every command of the README and of the tutorials is run as written, page by page, in order."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.shell import ROOT, TUTORIALS, blocks, runnable
+
+RUN = ("bash", "python")
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    """A directory that looks like the checkout to a reader, where nothing of the checkout can be changed."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    return tmp_path
+
+
+def _environment() -> dict[str, str]:
+    bin_dir = Path(sys.executable).parent
+    return os.environ | {"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS)
+def test_commands_of_the_page_run(page: str, desk: Path) -> None:
+    found = [block for block in blocks(page) if block.language in RUN]
+    assert found, f"{page} has no command"
+    for block in found:
+        script = runnable(block) if block.language == "bash" else block.text
+        command = (
+            ["bash", "-euo", "pipefail", "-c", script] if block.language == "bash" else [sys.executable, "-c", script]
+        )
+        done = subprocess.run(
+            command, cwd=desk, env=_environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{block} failed:\n{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
