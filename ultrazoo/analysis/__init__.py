@@ -1,0 +1,1 @@
+"""Looking at plans: who can influence a query, cost per layer, several plans side by side."""

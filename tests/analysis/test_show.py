@@ -1,0 +1,114 @@
+"""Pictures, the text of `show`, and plans side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+
+import pytest
+
+from tests.analysis.plans import fake_plan
+from tests.cost.fakes import Rows, Share
+from ultrazoo.analysis import comparison
+from ultrazoo.analysis.show import cost_text, show
+from ultrazoo.errors import OutputError, UsageError
+from ultrazoo.grid import Grid
+
+
+def pixels(content: bytes) -> tuple[int, int]:
+    return struct.unpack(">II", content[16:24])
+
+
+@pytest.mark.parametrize("grid", [Grid(3, 10, 14), Grid(1, 16, 16), Grid(21, 34, 20)])
+def test_pictures_are_real_images_and_the_same_every_time(grid):
+    shown = show(fake_plan(grid=grid))
+    first, again = shown.images(), shown.images()
+    assert first == again
+    for content in first.values():
+        assert content.startswith(b"\x89PNG")
+        assert min(pixels(content)) > 200
+    svg = shown.images("svg")["layers"]
+    assert svg == shown.images("svg")["layers"]
+    assert b"<svg" in svg
+
+
+def test_pictures_are_not_blank():
+    import matplotlib.image as mpimg
+
+    content = show(fake_plan()).images()["influence"]
+    values = mpimg.imread(io.BytesIO(content))
+    assert values[..., :3].std() > 0.05
+
+
+def test_files_are_written_under_the_plans_name(tmp_path):
+    files = show(fake_plan("vendor/toy")).save(tmp_path / "out")
+    assert [file.name for file in files] == ["vendor_toy_influence.png", "vendor_toy_layers.png"]
+    assert all(file.stat().st_size > 1000 for file in files)
+
+
+def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):
+        show(fake_plan()).save(tmp_path / "file" / "below")
+
+
+def test_other_forms_and_queries_are_refused():
+    with pytest.raises(UsageError, match="png or svg"):
+        show(fake_plan()).images("pdf")
+    with pytest.raises(UsageError, match="outside the grid"):
+        show(fake_plan(), "9,0,0")
+
+
+def test_pyplot_is_left_alone():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from tests.analysis.plans import fake_plan; from ultrazoo.analysis.show import show;"
+        "show(fake_plan()).images(); sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_data_is_json_with_counts():
+    data = json.loads(json.dumps(show(fake_plan(), (1, 4, 5)).data()))
+    assert data["query"] == [1, 4, 5]
+    assert data["groups"][1]["branches"][1] == {
+        "name": "row", "tokens": 14, "share": 14 / 420, "frames": [0, 14 / 140, 0],
+    }  # fmt: skip
+    assert len(data["layers"]) == 4
+
+
+def test_cost_bars_are_proportional():
+    lines = cost_text(show(fake_plan()).layers, width=100, unicode=False).splitlines()[1:]
+    full, rows = (line.count("#") for line in lines[:2])
+    assert full / rows == pytest.approx(420 / 154, rel=0.1)
+    assert max(len(line) for line in lines) <= 100
+
+
+def test_text_holds_maps_and_costs():
+    drawn = show(fake_plan()).text(width=80)
+    assert "layers 1, 3: test/rows" in drawn
+    assert "FLOPs per layer" in drawn
+
+
+def test_plans_side_by_side(capsys):
+    plans = [fake_plan("dense", attention=(Share(),) * 4), fake_plan("sparse", attention=(Rows(),) * 4)]
+    rows = json.loads(json.dumps(comparison.rows(plans)))
+    assert [row["name"] for row in rows] == ["dense", "sparse"]
+    assert rows[0]["attention speedup"] == 1
+    assert rows[1]["attention FLOPs"] == plans[1].totals.attention_flops
+    assert rows[1]["start"] == {"needs tuning (arXiv:0000.00000)": [0, 1, 2, 3]}
+    assert rows[0]["seconds"][0]["attention_efficiency"] == 0.9
+    comparison.show(plans)
+    printed = capsys.readouterr().out
+    assert "sparse" in printed
+    assert "H100 80GB: assumed attention 58 %" in printed
+    assert "\x1b[" not in printed
+
+
+def test_the_better_value_is_marked():
+    marked = comparison._marked([3.0, 1.0, None], lambda v: str(v), "low")
+    assert marked == ["3.0", "[bold]1.0[/bold]", "None"]
+    assert comparison._marked([1, 1], str, "low") == ["1", "1"]

@@ -1,0 +1,96 @@
+"""Views of a query drawn with characters, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..cost.units import count, percent
+from .influence import View, Views
+
+SHADES = " ░▒▓█"
+PLAIN = " .:+#"
+QUERY = "◆"
+PLAIN_QUERY = "Q"
+_LEGEND = "share of a cell's tokens seen, all frames"
+
+
+def render(groups: Sequence[Views], *, width: int = 100, unicode: bool = True) -> str:
+    """Every group of layers as maps over (H, W) and a strip over T; no line is longer than `width`."""
+    shades = SHADES if unicode else PLAIN
+    query = QUERY if unicode else PLAIN_QUERY
+    lines: list[str] = []
+    for group in groups:
+        t, y, x = group.query
+        lines.append(f"{group.title}: {group.attention}; query t={t} y={y} x={x}; starts {group.start}")
+        if group.bound != "exact":
+            lines.append(f"  ({group.bound}: what the data select lies inside)")
+        shown = group.views if len(group.views) != 2 else group.views[-1:]
+        lines += _side_by_side([_block(view, group.query, shades, query, width, len(shown)) for view in shown], width)
+        lines.append("")
+    steps = "  ".join(
+        f"{shade!r} {low}" for shade, low in zip(shades, ("none", "< 1/3", "< 2/3", "< all", "all"), strict=True)
+    )
+    lines.append(f"{_LEGEND}: {steps}; {query} the query; T: one cell per frame")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _block(view: View, query: tuple[int, int, int], shades: str, mark: str, width: int, columns: int) -> list[str]:
+    """One view: a caption, the map, the strip over frames."""
+    frames, h, w = view.seen.shape
+    # a character is about twice as tall as wide
+    room = max(12, min((width - 2 * columns) // min(columns, 4), 48))
+    cols = min(room, w)
+    rows = max(1, min(h, round(cols * h / w / 2)))
+    space = cells(view.seen.mean(axis=0), rows, cols)
+    drawn = [[_shade(value, shades) for value in row] for row in space]
+    drawn[_cell(query[1], h, rows)][_cell(query[2], w, cols)] = mark
+    caption = f"{view.name}: {count(view.tokens)} tokens, {percent(view.share)}"
+    strip_cols = min(frames, room - 3)
+    strip = "".join(_shade(value, shades) for value in cells(view.per_frame[None], 1, strip_cols)[0])
+    edge = "-" * cols
+    return [caption, f"+{edge}+", *(f"|{''.join(row)}|" for row in drawn), f"+{edge}+", f"T[{strip}]"]
+
+
+def _shade(value: float, shades: str) -> str:
+    if value <= 0:
+        return shades[0]
+    if value >= 1:
+        return shades[-1]
+    return shades[1 + min(2, int(value * 3))]
+
+
+def _edges(size: int, parts: int) -> np.ndarray:
+    return np.arange(parts + 1) * size // parts
+
+
+def _cell(position: int, size: int, parts: int) -> int:
+    return int(np.searchsorted(_edges(size, parts), position, side="right")) - 1
+
+
+def cells(values: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """Means of a (H, W) map over `rows` x `cols` nearly equal cells; needs rows ≤ H and cols ≤ W."""
+    h, w = values.shape
+    down, across = _edges(h, rows), _edges(w, cols)
+    sums = np.add.reduceat(np.add.reduceat(values, down[:-1], axis=0), across[:-1], axis=1)
+    means: np.ndarray = sums / (np.diff(down)[:, None] * np.diff(across)[None])
+    return means
+
+
+def _side_by_side(blocks: Sequence[list[str]], width: int) -> list[str]:
+    """Blocks in as many columns as fit `width`, rows of blocks under each other."""
+    lines: list[str] = []
+    pending = list(blocks)
+    while pending:
+        row = [pending.pop(0)]
+        used = max(map(len, row[0]))
+        while pending and used + 2 + max(map(len, pending[0])) <= width:
+            row.append(pending.pop(0))
+            used += 2 + max(map(len, row[-1]))
+        widths = [max(map(len, block)) for block in row]
+        height = max(map(len, row))
+        for i in range(height):
+            parts = [block[i] if i < len(block) else "" for block in row]
+            lines.append("  ".join(part.ljust(size) for part, size in zip(parts, widths, strict=True)))
+    return lines
