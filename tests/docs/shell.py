@@ -16,16 +16,17 @@ TUTORIALS = ("README.md", *(f"docs/{name}.md" for name in ("index", "quickstart"
 NOT_RUN = ("make", "source", "pip", "uv", "git")
 """First words of lines that set things up; make targets are checked to exist, the rest is not ours."""
 
-_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r'^```(\w*)(?: title="([^"]*)")?[^\n]*\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text and where it starts."""
+    """A fenced block: its language, its text and where it starts. One with a title is a file that the reader makes."""
 
     file: str
     line: int
     language: str
+    title: str
     text: str
 
     def __str__(self) -> str:
@@ -42,7 +43,8 @@ def blocks(file: str) -> tuple[Block, ...]:
     """The fenced blocks of a page, in order."""
     text = (ROOT / file).read_text(encoding="utf-8")
     return tuple(
-        Block(file, text.count("\n", 0, found.start()) + 1, found[1], found[2]) for found in _FENCE.finditer(text)
+        Block(file, text.count("\n", 0, found.start()) + 1, found[1], found[2] or "", found[3])
+        for found in _FENCE.finditer(text)
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.shell import ROOT, TUTORIALS, blocks, runnable
+from tests.docs.shell import ROOT, TUTORIALS, Block, blocks, pages, runnable
 
 RUN = ("bash", "python")
 
@@ -32,6 +32,9 @@ def test_commands_of_the_page_run(page: str, desk: Path) -> None:
     found = [block for block in blocks(page) if block.language in RUN]
     assert found, f"{page} has no command"
     for block in found:
+        if block.title:
+            (desk / block.title).write_text(block.text, encoding="utf-8")
+            continue
         script = runnable(block) if block.language == "bash" else block.text
         command = (
             ["bash", "-euo", "pipefail", "-c", script] if block.language == "bash" else [sys.executable, "-c", script]
@@ -40,3 +43,19 @@ def test_commands_of_the_page_run(page: str, desk: Path) -> None:
             command, cwd=desk, env=_environment(), capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, f"{block} failed:\n{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def _recipes() -> list[Block]:
+    """Every complete recipe that a page shows."""
+    return [
+        block for page in pages() for block in blocks(page) if block.language == "yaml" and "schema: 1" in block.text
+    ]
+
+
+@pytest.mark.parametrize("block", _recipes(), ids=str)
+def test_shown_recipes_can_be_built(block: Block, desk: Path) -> None:
+    import ultrazoo
+
+    file = desk / "shown.yaml"
+    file.write_text(block.text, encoding="utf-8")
+    assert ultrazoo.check(file) == []
