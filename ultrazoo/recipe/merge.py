@@ -1,0 +1,69 @@
+"""How one recipe is laid over another: mappings merge, lists replace, another ``name`` drops the base's options.
+
+The same rules hold for `extends`, for the mappings given by overrides, and for a ``name=`` given there.
+"""
+
+from __future__ import annotations
+
+from ..errors import Problem
+from .tree import Map, Mark, copy
+
+Keys = tuple[str | int, ...]
+
+
+def merge(base: Map, over: Map, keys: Keys = ()) -> tuple[Map, list[Problem]]:
+    """`over` laid over `base`, both unchanged; problems are nulls that delete nothing."""
+    if keys and replaces(base, over):
+        base = Map(base.mark)
+    result = copy(base)
+    result.mark = over.mark
+    problems: list[Problem] = []
+    for key, value in over.items():
+        mark = over.marks[key]
+        if value is None and deletes((*keys, key)):
+            problems += delete(result, (*keys, key), mark)
+            continue
+        old = result.get(key)
+        if isinstance(old, str) and isinstance(value, Map) and keys:
+            # a part written by its bare name
+            old = named(old, result.marks[key])
+        if isinstance(value, Map):
+            merged, found = merge(old if isinstance(old, Map) else Map(value.mark), value, (*keys, key))
+            problems += found
+            result.put(key, merged, mark)
+        else:
+            result.put(key, copy(value), mark)
+    return result, problems
+
+
+def replaces(base: Map, over: Map) -> bool:
+    """Does the node `over` say something else than `base`, so that nothing of `base` stays?"""
+    if "cycle" in over or ("cycle" in base and "name" in over):
+        return True
+    return "name" in over and "name" in base and over["name"] != base["name"]
+
+
+def deletes(keys: Keys) -> bool:
+    """Does null delete the entry here? Entries of ``attention``, ``steps`` and any ``branches`` can be deleted."""
+    if len(keys) == 2 and keys[0] in ("attention", "steps"):
+        return True
+    return (len(keys) == 3 and keys[0] == "steps") or (len(keys) > 2 and keys[-2] == "branches")
+
+
+def delete(node: Map, keys: Keys, mark: Mark) -> list[Problem]:
+    """Take the last of `keys` out of its mapping; a problem when it is not there."""
+    key = str(keys[-1])
+    if key in node:
+        del node[key]
+        del node.marks[key]
+        return []
+    path = ".".join(str(one) for one in keys)
+    fix = f"entries are {', '.join(node)}" if node else "remove the line"
+    return [Problem(path, "null deletes an entry that the base has, and there is none", fix, mark.line, mark.file)]
+
+
+def named(name: str, mark: Mark) -> Map:
+    """The mapping that a bare name stands for."""
+    node = Map(mark)
+    node.put("name", name, mark)
+    return node
