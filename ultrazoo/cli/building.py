@@ -81,9 +81,7 @@ def _write(plan: Plan, directory: Path, force: bool, json: bool) -> None:
     if not json:
         out.note(f"building {plan.name} ({out.size(plan.totals.weight_bytes)} of weights) into {directory}")
     with bar("writing") as advance:
-        report = assemble.build_directory(
-            plan, directory, force=force, device="cpu", progress=advance, extra_files=pages(plan)
-        )
+        report = assemble.build_directory(plan, directory, force=force, progress=advance, extra_files=pages(plan))
     seconds = time.perf_counter() - start
     files = [{"name": path.name, "bytes": path.stat().st_size} for path in sorted(directory.iterdir())]
     if json:

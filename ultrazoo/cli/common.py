@@ -47,9 +47,9 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def recipe_names() -> list[str]:
     """Names under which recipes can be addressed."""
-    from ..catalog import recipe_entries
+    from ..recipe.find import recipes
 
-    return [row.name for row in recipe_entries()]
+    return [row.name for row in recipes() if not row.problem]
 
 
 def complete_kind(incomplete: str) -> list[str]:

@@ -73,14 +73,14 @@ def _summary(row: Entry) -> str:
 
 
 def _plugins(check: bool, seconds: float, json: bool) -> None:
-    from ..catalog import recipe_entries
+    from ..recipe.find import recipes
 
     rows = [row for row in entries() if not row.builtin]
     if check:
         from .isolated import checked
 
         rows = checked(rows, seconds)
-    packs = [row for row in recipe_entries() if row.distribution != "ultrazoo"]
+    packs = [row for row in recipes() if row.distribution != "ultrazoo"]
     if json:
         out.emit([_data(row) for row in rows] + [{"kind": "recipe", **row.data()} for row in packs])
     elif rows or packs:
@@ -102,9 +102,9 @@ def _status(row: Entry) -> str:
 
 
 def _recipes(json: bool) -> None:
-    from ..catalog import recipe_entries
+    from ..recipe.find import recipes
 
-    rows = recipe_entries()
+    rows = recipes()
     if json:
         out.emit([row.data() for row in rows])
         return
