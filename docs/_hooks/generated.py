@@ -10,6 +10,11 @@ from typing import Any
 PARTS = "reference/parts.md"
 COMMANDS = "reference/commands.md"
 
+INTRODUCTION = (
+    "Made from the registry when these pages were built: what `ultrazoo list` and `ultrazoo describe` print for the "
+    "built-in parts. An option without a default must be given."
+)
+
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages to the documentation."""
@@ -27,8 +32,7 @@ def parts() -> str:
     lines = [
         "# Parts",
         "",
-        "Made from the registry when these pages were built: what `ultrazoo list` and `ultrazoo describe` print for the "
-        "built-in parts. An option without a default must be given.",
+        INTRODUCTION,
     ]
     for kind in registry.KINDS:
         rows = [entry for entry in registry.entries(kind) if entry.builtin]
