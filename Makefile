@@ -69,7 +69,7 @@ install: $(DEV) ## only set up .venv
 .PHONY: clean
 clean: ## remove what was built: outputs of the demo, site, caches (.venv stays)
 	rm -rf $(DEMO) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find ultrazoo tests benchmarks plugins -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard ultrazoo tests benchmarks plugins docs) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: distclean
 distclean: clean ## clean, and remove .venv
