@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import _device_constructors
 
 _FUNCTIONS = ("empty", "empty_like", "empty_strided", "empty_permuted")
 _METHODS = ("new_empty", "new_empty_strided")
@@ -60,6 +61,11 @@ def _poisoned_to_empty(original: Callable[..., nn.Module], packages: Sequence[st
 def poisoned_memory(*packages: str) -> Iterator[None]:
     """Within the block, memory that code of `packages` leaves uninitialised holds NaN (``ultrazoo`` if none is named)."""
     packages = packages or ("ultrazoo",)
+    # ``with torch.device(…)`` and the compiler look functions up in tables made once, at first use or import: they must
+    # hold the originals
+    import torch._dynamo
+
+    _device_constructors()
     saved: list[tuple[Any, str, Any]] = [(torch, name, getattr(torch, name)) for name in _FUNCTIONS]
     saved += [(Tensor, name, getattr(Tensor, name)) for name in _METHODS]
     for owner, name, original in saved:
