@@ -75,9 +75,9 @@ def program(settings: Settings) -> Any:
         del version, debug, plugin
         _load_plugins(settings)
 
-    from . import building, checking, describing, environment, listing, planning, schema, showing
+    from . import building, checking, describing, environment, listing, newplugin, planning, schema, showing
 
-    for module in (planning, checking, building, listing, describing, schema, showing, environment):
+    for module in (planning, checking, building, listing, describing, schema, showing, newplugin, environment):
         app.command(module.NAME, epilog=GLOBALS)(module.command)
     return typer.main.get_command(app)
 
