@@ -7,7 +7,8 @@ q, k, v are (B, n, heads, D).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..spec import AttentionSpec, Segment, Site
 
-__all__ = ["Attention", "Call", "Extra", "Host", "Positions", "grid_positions"]
+__all__ = ["Attention", "Call", "Extra", "Host", "Positions", "export_form", "grid_positions", "refuse_segments"]
 
 
 class Positions(NamedTuple):
@@ -110,6 +111,11 @@ class Attention(nn.Module):
         self.spec = spec
         self.site = site
 
+    @property
+    def traced(self) -> bool:
+        """Must sizes be taken as symbolic? Then layouts use their index form."""
+        return self.form != "eager" or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
     def forward(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
         raise TypeError(f"{type(self).__name__} has no forward")
 
@@ -119,6 +125,30 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, layer={self.site.layer}"
+
+
+@contextlib.contextmanager
+def export_form(model: nn.Module, target: str) -> Iterator[nn.Module]:
+    """Make every attention inside `model` use its exportable form inside the ``with`` block; exact at every size too.
+
+    Raises UsageError for a design that cannot be exported to `target`, naming it.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Attention)]
+    for block in blocks:
+        traits = block.spec.traits()
+        if target not in traits.export:
+            why = f": {traits.notes}" if traits.notes else ""
+            raise UsageError(
+                f"attention {block.spec.name!r} (layer {block.site.layer}) does not export to {target}{why}"
+            )
+    before = [block.form for block in blocks]
+    try:
+        for block in blocks:
+            block.form = target
+        yield model
+    finally:
+        for block, form in zip(blocks, before, strict=True):
+            block.form = form
 
 
 def grid_positions(grid: Sequence[int], device: torch.device | None = None) -> Positions:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ..errors import Problem
 from ..grid import Grid
+from ..ops.partition import AxisRule
 from ..ops.runs import whole
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Site, Start, Traits, option
 from .contract import Attention, Call, Host, grid_positions, refuse_segments
-from .grouped import attend_cuts, attend_extra
+from .grouped import attend_cuts, attend_extra, attend_rules
+
+WHOLE = AxisRule("whole")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,9 @@ class FullSpec(AttentionSpec):
         return np.ones((1, count, site.tokens), dtype=bool)
 
     def traits(self) -> Traits:
-        return Traits(start=Start("exact", "the host's own attention"), exact_at_init=True, export=("pt2",), min_grid=(1, 1, 1))
+        return Traits(
+            start=Start("exact", "the host's own attention"), exact_at_init=True, export=("pt2",), min_grid=(1, 1, 1)
+        )
 
     @classmethod
     def examples(cls) -> list[tuple[AttentionSpec, Site]]:
@@ -88,12 +93,15 @@ class FullAttention(Attention):
         q, k, v = host.heads(*host.project(x, "qkv"), positions)  # (B, N, heads, D)
         assert q is not None and k is not None and v is not None
         valid = None if call.key_valid is None else call.key_valid.unflatten(1, grid)
-        cuts = (whole(grid[0]), whole(grid[1]), whole(grid[2]))
         if call.extra is not None:
             refuse_segments(spec.name, call.extra)
-        y, _ = attend_cuts(
-            *(z.unflatten(1, grid) for z in (q, k, v)), cuts, cuts, extra=call.extra, key_valid=valid, kernel=spec.kernel
-        )
+        common: Any = {"extra": call.extra, "key_valid": valid, "kernel": spec.kernel}
+        zq, zk, zv = (z.unflatten(1, grid) for z in (q, k, v))
+        if self.traced:
+            y, _ = attend_rules(zq, zk, zv, (WHOLE,) * 3, (WHOLE,) * 3, **common)
+        else:
+            cuts = (whole(grid[0]), whole(grid[1]), whole(grid[2]))
+            y, _ = attend_cuts(zq, zk, zv, cuts, cuts, **common)
         out = host.out(y.flatten(1, 3).flatten(2))
         if call.extra is None:
             return out

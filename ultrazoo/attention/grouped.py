@@ -59,7 +59,9 @@ def attend_cuts(
     if key_valid is not None:
         masks = list(partition.token_windows(key_valid, k_cuts))
     outs, lses = [], []
-    for qw, kw, vw, mask in zip(*(partition.windows(z, c) for z, c in ((q, q_cuts), (k, k_cuts), (v, k_cuts))), masks, strict=True):
+    for qw, kw, vw, mask in zip(
+        *(partition.windows(z, c) for z, c in ((q, q_cuts), (k, k_cuts), (v, k_cuts))), masks, strict=True
+    ):
         out, found = _attend(qw, kw, vw, mask, extra, lse, kernel)
         outs.append(out)
         lses.append(found)
@@ -84,7 +86,9 @@ def attend_rules(
     """The same in the index form: sizes may be symbolic."""
     batch, q_grid, k_grid = q.shape[0], q.shape[1:4], k.shape[1:4]
     q_axes = partition.indices(q_rules, q_grid, q.device)
-    k_axes = q_axes if k is q or (q_rules == k_rules and q_grid == k_grid) else partition.indices(k_rules, k_grid, k.device)
+    k_axes = (
+        q_axes if k is q or (q_rules == k_rules and q_grid == k_grid) else partition.indices(k_rules, k_grid, k.device)
+    )
     mask = partition.gathered_mask(k_axes, k_grid, batch, k.device)
     if key_valid is not None:
         valid = partition.gathered_heads(key_valid[..., None, None], k_axes)[:, 0, :, 0]
@@ -122,9 +126,7 @@ def _attend(
     return out, None
 
 
-def attend_extra(
-    extra: Extra, k: Tensor, v: Tensor, key_valid: Tensor | None = None, kernel: str = "auto"
-) -> Tensor:
+def attend_extra(extra: Extra, k: Tensor, v: Tensor, key_valid: Tensor | None = None, kernel: str = "auto") -> Tensor:
     """Extra queries see every grid key (B, N, heads, D) and every extra key: → (B, M, heads*D)."""
     mask = None if key_valid is None else key_valid.flatten(1)
     out, _ = _attend(extra.q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, extra, False, kernel)

@@ -35,7 +35,9 @@ class OriginalSpec(AttentionSpec):
         return np.ones((1, count, site.tokens), dtype=bool)
 
     def traits(self) -> Traits:
-        return Traits(start=Start("exact", "nothing is changed"), exact_at_init=True, export=("pt2",), min_grid=(1, 1, 1))
+        return Traits(
+            start=Start("exact", "nothing is changed"), exact_at_init=True, export=("pt2",), min_grid=(1, 1, 1)
+        )
 
     @classmethod
     def examples(cls) -> list[tuple[AttentionSpec, Site]]:

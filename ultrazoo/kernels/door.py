@@ -221,7 +221,9 @@ def table() -> list[KernelRow]:
     for entry in registry.entries("kernel"):
         if not entry.builtin and entry.status != "local":
             rows.append(
-                KernelRow(entry.name, entry.summary, (), (), (0, 0), (), False, False, False, entry.problem or entry.status)
+                KernelRow(
+                    entry.name, entry.summary, (), (), (0, 0), (), False, False, False, entry.problem or entry.status
+                )
             )
             continue
         spec: type[KernelSpec] = registry.find("kernel", entry.name)

@@ -70,9 +70,9 @@ def unwindows(pieces: Sequence[Tensor], cuts: Cuts, batch: int) -> Tensor:
         whole = pieces[0].new_empty(shape)
         for view, (t, h, w) in zip(views, spans, strict=True):
             place = whole[:, t.start : t.stop, h.start : h.stop, w.start : w.stop]
-            place.unflatten(3, (w.count, w.size)).unflatten(2, (h.count, h.size)).unflatten(
-                1, (t.count, t.size)
-            ).copy_(view)
+            place.unflatten(3, (w.count, w.size)).unflatten(2, (h.count, h.size)).unflatten(1, (t.count, t.size)).copy_(
+                view
+            )
     return _reorder(whole, cuts, inverse=True)
 
 
@@ -196,7 +196,9 @@ def gathered_mask(axes: Indices, grid: Sequence[int], batch: int, device: torch.
 def scattered(y: Tensor, axes: Indices, grid: Sequence[int], batch: int) -> Tensor:
     """The inverse of `gathered_heads`: (B*windows, heads, slots, D) → (B, T, H, W, heads, D)."""
     counts = [1 if index.gather is None else index.gather.shape[0] for index in axes]
-    slots = [length if index.gather is None else index.gather.shape[1] for index, length in zip(axes, grid, strict=True)]
+    slots = [
+        length if index.gather is None else index.gather.shape[1] for index, length in zip(axes, grid, strict=True)
+    ]
     y = y.unflatten(0, (batch, *counts)).unflatten(5, tuple(slots))
     # (B, Kt, Kh, Kw, heads, St, Sh, Sw, D) → (B, Kt, St, Kh, Sh, Kw, Sw, heads, D)
     y = y.permute(0, 1, 5, 2, 6, 3, 7, 4, 8)

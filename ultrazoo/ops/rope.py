@@ -143,7 +143,9 @@ def _rotate_chunks(z: Tensor, angles: list[Tensor], rope: Rope) -> Tensor:
     limit = TABLE_BYTES if z.device.type == "cpu" else 8 * TABLE_BYTES
     rows = max(1, min(grid[1], limit // row_bytes))
     for y in range(0, grid[1], rows):
-        table = _combined([units[0][:1] * 0 + 1, units[1][y : y + rows], units[2]], (1, min(rows, grid[1] - y), grid[2]))
+        table = _combined(
+            [units[0][:1] * 0 + 1, units[1][y : y + rows], units[2]], (1, min(rows, grid[1] - y), grid[2])
+        )
         split = rope.axes[0] // 2
         for t in range(grid[0]):
             table[..., :split] = units[0][t]

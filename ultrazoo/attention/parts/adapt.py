@@ -58,7 +58,9 @@ class LoraSpec(AdaptSpec):
     def problems(self, site: Site) -> list[Problem]:
         limit = min(site.dim, site.width)
         if self.rank > limit:
-            return [Problem("rank", f"rank {self.rank} exceeds the matrix ({site.dim} x {site.width})", f"use ≤ {limit}")]
+            return [
+                Problem("rank", f"rank {self.rank} exceeds the matrix ({site.dim} x {site.width})", f"use ≤ {limit}")
+            ]
         return []
 
     def parameters(self, site: Site) -> int:
@@ -126,22 +128,28 @@ class _Lora(nn.Module):
         return self.lora_B(self.lora_A(x))  # type: ignore[no-any-return]
 
 
-def project(
-    spec: AdaptSpec, module: nn.Module | None, host: Host, x: Tensor, keys: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw q (B, n, width) of x (B, n, C) and raw k, v (B, m, width) of `keys` (B, m, C), adapted."""
-    if isinstance(spec, OwnSpec):
-        assert isinstance(module, nn.ModuleDict)
-        return module["q"](x), module["k"](keys), module["v"](keys)
+def base_projections(spec: AdaptSpec, host: Host, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The host's raw q, k, v (B, n, width) of x (B, n, C) that `spec` starts from."""
     if isinstance(spec, LoraSpec) and spec.key_from == "query":
-        q = host.project(x, "q")
-        k = q if keys is x else host.project(keys, "q")
-        v = host.project(keys, "v")
-    elif keys is x:
-        q, k, v = host.project(x, "qkv")
-    else:
-        q, k, v = host.project(x, "q"), host.project(keys, "k"), host.project(keys, "v")
-    if module is not None:
-        assert isinstance(module, nn.ModuleDict)
-        q, k, v = q + module["q"](x), k + module["k"](keys), v + module["v"](keys)
-    return q, k, v  # type: ignore[return-value]
+        q, v = host.project(x, "q"), host.project(x, "v")
+        assert isinstance(q, Tensor) and isinstance(v, Tensor)
+        return q, q, v
+    q, k, v = host.project(x, "qkv")
+    return q, k, v
+
+
+def adapted(
+    spec: AdaptSpec, module: nn.Module | None, base: tuple[Tensor, Tensor, Tensor], x: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw q (B, n, width) of x (B, n, C) and raw k, v (B, m, width) of `keys` (B, m, C), adapted from `base`."""
+    if module is None:
+        return base
+    assert isinstance(module, nn.ModuleDict)
+    q, k, v = base
+    return q + module["q"](x), k + module["k"](keys), v + module["v"](keys)
+
+
+def own_projections(module: nn.Module | None, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The branch's own raw q of x and k, v of `keys`."""
+    assert isinstance(module, nn.ModuleDict)
+    return module["q"](x), module["k"](keys), module["v"](keys)

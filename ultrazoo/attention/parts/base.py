@@ -33,8 +33,8 @@ class ShiftSpec(Spec):
         """How many windows an axis of `count` windows gets in `layer`."""
         return count
 
-    def cut(self, cut: AxisCut, layer: int, axis: int) -> AxisCut:
-        """The windows of one axis in `layer`."""
+    def cut(self, cut: AxisCut, layer: int, axis: int, size: int | None = None) -> AxisCut:
+        """The windows of one axis in `layer`; `size` where they were given by size."""
         return cut
 
     def rule(self, rule: AxisRule, layer: int, axis: int) -> AxisRule:

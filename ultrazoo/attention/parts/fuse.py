@@ -25,7 +25,9 @@ def _name_problems(names: list[str], branches: tuple[str, ...], path: str) -> li
     found = []
     for name in names:
         if name not in branches:
-            found.append(Problem(path, f"no branch is called {name!r}; branches are {listed(branches)}", near(name, branches)))
+            found.append(
+                Problem(path, f"no branch is called {name!r}; branches are {listed(branches)}", near(name, branches))
+            )
     return found
 
 
@@ -146,7 +148,9 @@ class TimeGateSpec(FuseSpec):
         if isinstance(self.order, str):
             found.append(Problem("order", "a gate needs two branches", "use fuse: weights for one"))
         if not site.has_timestep:
-            found.append(Problem("", "this backbone gives its attention no timestep", "use fuse: token_gate or weights"))
+            found.append(
+                Problem("", "this backbone gives its attention no timestep", "use fuse: token_gate or weights")
+            )
         if self.init is not None:
             found += _name_problems(list(self.init), branches, "init")
             without = [name for name in branches if name not in self.init]
@@ -233,7 +237,9 @@ class TokenGateSpec(FuseSpec):
 
     per: Literal["channel", "head", "scalar"] = option("head", "one gate per channel, head or in all")
     act: Literal["softmax", "sigmoid", "none"] = option("softmax", "what bounds the gates")
-    init: Mapping[str, float] | None = option(None, "gate of each branch in a fresh block; None: equal shares", ge=0, le=1)
+    init: Mapping[str, float] | None = option(
+        None, "gate of each branch in a fresh block; None: equal shares", ge=0, le=1
+    )
 
     def branch_problems(self, branches: tuple[str, ...], site: Site) -> list[Problem]:
         if self.init is None:

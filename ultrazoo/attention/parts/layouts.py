@@ -87,14 +87,14 @@ class WindowsSpec(LayoutSpec):
     def cuts(self, grid: Grid, layer: int, shift: ShiftSpec) -> Cuts:
         cuts: list[AxisCut] = []
         if self.counts is not None:
-            for length, count in zip(grid, self._counts(layer, shift), strict=True):
-                cuts.append(balanced(length, count))
+            for axis, (length, count) in enumerate(zip(grid, self._counts(layer, shift), strict=True)):
+                cuts.append(shift.cut(balanced(length, count), layer, axis))
         else:
             assert self.size is not None
-            for length, size in zip(grid, per_axis(self.size, whole=0), strict=True):
-                cuts.append(whole(length) if size in (0, length) or size > length else exact(length, size))
-        t, h, w = (shift.cut(cut, layer, axis) for axis, cut in enumerate(cuts))
-        return (t, h, w)
+            for axis, (length, size) in enumerate(zip(grid, per_axis(self.size, whole=0), strict=True)):
+                fits = 0 < size < length
+                cuts.append(shift.cut(exact(length, size), layer, axis, size) if fits else whole(length))
+        return (cuts[0], cuts[1], cuts[2])
 
     def rules(self, layer: int, shift: ShiftSpec) -> tuple[AxisRule, AxisRule, AxisRule]:
         if self.counts is not None:

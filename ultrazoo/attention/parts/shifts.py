@@ -39,8 +39,10 @@ class RollSpec(ShiftSpec):
     def _amount(self, axis: int) -> int | None:
         return None if self.amount is None else per_axis(self.amount, whole=0)[axis] or None
 
-    def cut(self, cut: AxisCut, layer: int, axis: int) -> AxisCut:
-        return rolled(cut, self._amount(axis)) if layer % 2 else cut
+    def cut(self, cut: AxisCut, layer: int, axis: int, size: int | None = None) -> AxisCut:
+        if not layer % 2:
+            return cut
+        return rolled(cut, None if size is None else self._amount(axis) or size // 2)
 
     def rule(self, rule: AxisRule, layer: int, axis: int) -> AxisRule:
         if not layer % 2 or rule.kind == "whole":

@@ -1,0 +1,194 @@
+"""One branch of branched attention: compress → project → lay out → attend → restore → lift."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import Grid
+from ..ops import pool
+from ..ops.partition import AxisRule, axis_index
+from ..ops.runs import AxisCut
+from ..spec import Site
+from .contract import Call, Extra, Host, Positions, grid_positions
+from .geometry import Geometry, axis_positions, geometry
+from .grouped import attend_cuts, attend_rules
+from .parts.adapt import LoraSpec, OwnSpec, SharedSpec, adapted, base_projections, own_projections
+from .parts.compressors import LiftModule
+
+if TYPE_CHECKING:
+    from .branched import BranchSpec
+
+
+class Shared:
+    """What branches of one call share: the host's projections of the unchanged input, and its heads per coordinates."""
+
+    def __init__(self, host: Host, x: Tensor, z: Tensor, traced: bool):
+        self.host, self.x, self.z, self.traced = host, x, z, traced
+        self._raw: dict[str, Tensor] = {}
+        self._heads: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def raw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw q, k, v (B, N, width) of the input, all three projected at once."""
+        if "k" not in self._raw:
+            if "q" in self._raw:
+                k, v = self.host.project(self.x, "k"), self.host.project(self.x, "v")
+                assert isinstance(k, Tensor) and isinstance(v, Tensor)
+                self._raw.update(k=k, v=v)
+            else:
+                q, k, v = self.host.project(self.x, "qkv")
+                self._raw.update(q=q, k=k, v=v)
+        return self._raw["q"], self._raw["k"], self._raw["v"]
+
+    def query(self) -> Tensor:
+        """Raw q (B, N, width) of the input alone."""
+        if "q" not in self._raw:
+            found = self.host.project(self.x, "q")
+            assert isinstance(found, Tensor)
+            self._raw["q"] = found
+        return self._raw["q"]
+
+    def heads(self, key: Any, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated q, k, v (B, N, heads, D); `key` names the positions."""
+        if key not in self._heads:
+            q, k, v = self.host.heads(*self.raw(), positions)
+            assert q is not None and k is not None and v is not None
+            self._heads[key] = (q, k, v)
+        return self._heads[key]
+
+    def grid_keys(self) -> tuple[Tensor, Tensor]:
+        """k and v (B, N, heads, D) at full resolution, in grid coordinates: what extra queries see."""
+        _, k, v = self.heads("grid", grid_positions(self.z.shape[1:4], self.z.device))
+        return k, v
+
+
+class Branch(nn.Module):
+    """``branch(z, host, call, shared, extra, lse)``: (B, T, H, W, C) → (B, T, H, W, heads*D) and lse or None."""
+
+    def __init__(self, spec: BranchSpec, site: Site, kernel: str):
+        super().__init__()
+        self.spec, self.site, self.kernel = spec, site, kernel
+        self.compress = None if spec.compress is None else spec.compress.compressor(site)
+        self.lift = LiftModule(spec.compress, site) if spec.compress is not None and spec.compresses_queries else None
+        self.adapt = spec.adapt.build(site)
+
+    def identity(self, grid: tuple[int, int, int], traced: bool) -> Any:
+        """What makes two branches one computation: the same value for both. None: compute it in any case."""
+        spec = self.spec
+        if (
+            traced
+            or spec.compress is not None
+            or not isinstance(spec.adapt, SharedSpec)
+            or spec.layout.ragged != "exact"
+        ):
+            return None
+        cuts = tuple(cut.canonical() for cut in spec.layout.cuts(Grid(*grid), self.site.layer, spec.shift))
+        coords = spec.coords
+        return (cuts, None if self.site.rope is None else (coords.origin, coords.rule))
+
+    def forward(
+        self, z: Tensor, host: Host, call: Call, shared: Shared, extra: Extra | None, lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        spec = self.spec
+        traced = shared.traced
+        place = None if traced else geometry(spec.compress, spec.layout, spec.shift, Grid(*call.grid), self.site.layer)
+        valid = None if call.key_valid is None else call.key_valid.unflatten(1, call.grid)
+        coarse = z if self.compress is None else self.compress(z, traced)  # (B, t, h, w, C)
+        if valid is not None and spec.compress is not None:
+            valid = pool.cells(valid, spec.compress.cell, spec.compress.ragged, traced).any(6).any(4).any(2)
+        keys = coarse
+        queries = z if spec.compress is not None and spec.compress.of == "keys" else coarse
+        if place is not None and place.k_grid != place.coarse_k:
+            keys = queries = pool.resize(coarse, place.k_grid)
+        q, k, v = self._heads(queries, keys, z, host, shared, place)
+        q, k, v = q.unflatten(1, queries.shape[1:4]), k.unflatten(1, keys.shape[1:4]), v.unflatten(1, keys.shape[1:4])
+        common: dict[str, Any] = {"extra": extra, "key_valid": valid, "lse": lse, "kernel": self.kernel}
+        if place is None:
+            rules = self._rules()
+            y, found = attend_rules(q, k, v, rules, rules, **common)
+        else:
+            y, found = attend_cuts(q, k, v, place.q_cuts, place.k_cuts, **common)
+        y = y.flatten(4)  # (B, t, h, w, heads*D)
+        if self.lift is None:
+            return (y if place is None else pool.resize(y, place.grid)), found
+        if place is not None and spec.compress is not None and spec.compress.ragged == "exact":
+            y = pool.resize(y, place.coarse_q)
+        return self.lift(y, call.grid, traced), found
+
+    def _rules(self) -> tuple[AxisRule, AxisRule, AxisRule]:
+        return self.spec.layout.rules(self.site.layer, self.spec.shift)
+
+    def _heads(
+        self, queries: Tensor, keys: Tensor, z: Tensor, host: Host, shared: Shared, place: Geometry | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated q (B, n, heads, D) and k, v (B, m, heads, D)."""
+        spec = self.spec
+        at = self._positions(keys, place, compressed=self.compress is not None, of_keys=True)
+        if queries is z and keys is z and isinstance(spec.adapt, SharedSpec):
+            in_grid = spec.coords.origin == "grid" and spec.coords.rule == "none"
+            return shared.heads("grid" if in_grid else id(self), at)
+        raw = self._raw(queries, keys, z, host, shared)
+        if queries is keys:
+            return _three(host.heads(*raw, at))
+        return _three(host.heads(*raw, self._positions(queries, place, compressed=False, of_keys=False), at))
+
+    def _raw(
+        self, queries: Tensor, keys: Tensor, z: Tensor, host: Host, shared: Shared
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw q (B, n, width) and k, v (B, m, width)."""
+        adapt = self.spec.adapt
+        flat = keys.flatten(1, 3)
+        from_x = flat if queries is keys else queries.flatten(1, 3)
+        if isinstance(adapt, OwnSpec):
+            return own_projections(self.adapt, from_x, flat)
+        crossed = isinstance(adapt, LoraSpec) and adapt.key_from == "query"
+        if queries is z and keys is z:
+            q, k, v = shared.raw()
+            base = (q, q if crossed else k, v)
+        elif queries is keys:
+            base = base_projections(adapt, host, flat)
+        else:
+            k, v = host.project(flat, "q" if crossed else "k"), host.project(flat, "v")
+            assert isinstance(k, Tensor) and isinstance(v, Tensor)
+            base = (shared.query(), k, v)
+        return adapted(adapt, self.adapt, base, from_x, flat)
+
+    def _positions(self, tokens: Tensor, place: Geometry | None, compressed: bool, of_keys: bool) -> Positions:
+        """Coordinates of `tokens` (B, t, h, w, C) under the branch's rules."""
+        coords, size = self.spec.coords, tokens.shape[1:4]
+        cell = self.spec.compress.cell if compressed and self.spec.compress is not None else (1, 1, 1)
+        axes = []
+        for axis in range(3):
+            if place is None:
+                axes.append(self._traced_axis(self._rules()[axis], size[axis], cell[axis], tokens.device))
+                continue
+            cut: AxisCut = (place.k_cuts if of_keys else place.q_cuts)[axis]
+            values = axis_positions(cut, cell[axis], coords.origin, coords.cell)
+            axes.append(torch.tensor(values, dtype=torch.float32, device=tokens.device))
+        extent = None
+        if coords.rule != "none":
+            reach = [int(axis[-1 if coords.origin == "grid" else axis.argmax()].ceil()) + 1 for axis in axes]
+            extent = (reach[0], reach[1], reach[2])
+        return Positions(axes[0], axes[1], axes[2], coords.rule, extent)
+
+    def _traced_axis(self, rule: AxisRule, length: int, factor: int, device: torch.device) -> Tensor:
+        coords = self.spec.coords
+        token = torch.arange(length, device=device)
+        places = token.to(torch.float32)
+        if coords.cell == "centre":
+            places = places * factor + (factor - 1) / 2
+        if coords.origin == "window":
+            index = axis_index(rule, length, device)
+            if index.gather is None:
+                return places - places[:1]
+            assert index.window is not None
+            places = places - places[index.gather[:, 0][index.window]]
+        return places
+
+
+def _three(found: tuple[Tensor | None, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = found
+    assert q is not None and k is not None and v is not None
+    return q, k, v
