@@ -11,11 +11,10 @@ import torch.nn.functional as F
 
 from tests.oracles import cells, gates, samples, windows
 from tests.oracles.branched import branched_heads
-from tests.oracles.full import full_heads
 from tests.oracles.ultragen import block
 from ultrazoo.grid import Grid
 from ultrazoo.spec import Rope, Site
-from ultrazoo.testing import Case, ExtraTokens, ReferenceHost, assert_close, error_ratio, null_answers
+from ultrazoo.testing import Case, ExtraTokens, ReferenceHost, assert_close, dense_heads, error_ratio, null_answers
 
 DIM, HEADS, HEAD_DIM = 10, 2, 8
 WIDTH = HEADS * HEAD_DIM
@@ -154,7 +153,7 @@ def test_one_window_as_large_as_the_grid_is_full_attention() -> None:
     fuse = {"name": "weights", "weights": None, "learned": False}
     whole = {"branches": {"a": samples.branch(layout={"name": "windows", "counts": 1})}, "fuse": fuse}
     case = case_of(whole, (2, 3, 5), extra=True)
-    assert_close("whole", branched_heads(case, whole), full_heads(case), EXACT)
+    assert_close("whole", branched_heads(case, whole), dense_heads(case), EXACT)
 
 
 def test_joint_softmax_of_disjoint_branches_is_full_attention() -> None:
@@ -162,9 +161,9 @@ def test_joint_softmax_of_disjoint_branches_is_full_attention() -> None:
     fuse = {"name": "lse"}
     options = {"branches": {"a": samples.branch(layout={"name": "whole"})}, "fuse": fuse}
     case = case_of(options, (2, 3, 4))
-    assert_close("one branch", branched_heads(case, options), full_heads(case), EXACT)
+    assert_close("one branch", branched_heads(case, options), dense_heads(case), EXACT)
     doubled = {"branches": {"a": samples.branch(), "b": samples.branch()}, "fuse": fuse}
-    assert_close("every key twice", branched_heads(case, doubled), full_heads(case), EXACT)
+    assert_close("every key twice", branched_heads(case, doubled), dense_heads(case), EXACT)
 
 
 def test_rotation_depends_on_differences_alone() -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultrazoo.testing import Case, affine, attend, plain, scores
+from ultrazoo.testing import Case, affine, attend, extra_rows, plain, real_keys, scores
 
 from . import cells, gates, windows
-from .full import extra_rows, real_keys
 
 
 def raw_projection(

@@ -1,47 +1,7 @@
-"""Every token sees every token: the dense formula, with extra tokens and invalid keys."""
+"""Every token sees every token: the dense formula, which plugin authors have as `ultrazoo.testing.dense`."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from ultrazoo.testing import dense as full
 
-from ultrazoo.testing import Case, attend, grid_of, scores
-
-
-def real_keys(case: Case) -> Tensor | None:
-    """Bool (B, 1, 1, N + M): which of the grid's and the extra tokens may be keys."""
-    batch, tokens = case.x.shape[:2]
-    columns = [torch.ones(batch, tokens, dtype=torch.bool) if case.key_valid is None else case.key_valid]
-    if case.extra is not None:
-        many = case.extra.k.shape[1]
-        mask = case.extra.key_mask
-        columns.append(torch.ones(batch, many, dtype=torch.bool) if mask is None else mask)
-    return torch.cat(columns, dim=1)[:, None, None, :]
-
-
-def extra_rows(case: Case) -> Tensor | None:
-    """What the extra queries get: softmax over all full-resolution grid keys and all real extra keys."""
-    if case.extra is None:
-        return None
-    place = grid_of(case.grid)
-    k = torch.cat([case.host.split(case.host.raw(case.x, "k"), "k", place), case.extra.k], dim=1)
-    v = torch.cat([case.host.split(case.host.raw(case.x, "v"), "v"), case.extra.v], dim=1)
-    return attend(scores(case.extra.q, k, real_keys(case)), v)
-
-
-def full_heads(case: Case) -> Tensor:
-    """Grid rows before the output projection: (B, N, heads*D)."""
-    place = grid_of(case.grid)
-    q = case.host.split(case.host.raw(case.x, "q"), "q", place)
-    k = case.host.split(case.host.raw(case.x, "k"), "k", place)
-    v = case.host.split(case.host.raw(case.x, "v"), "v")
-    if case.extra is not None:
-        k, v = torch.cat([k, case.extra.k], dim=1), torch.cat([v, case.extra.v], dim=1)
-    return attend(scores(q, k, real_keys(case)), v)
-
-
-def full(case: Case) -> Tensor | tuple[Tensor, Tensor]:
-    """Dense attention through the host."""
-    y = case.host.out(full_heads(case))
-    extra = extra_rows(case)
-    return y if extra is None else (y, extra)
+__all__ = ["full"]

@@ -8,14 +8,14 @@ each other.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultrazoo.testing import Case, affine, attend, plain, scores
+from ultrazoo.testing import Case, affine, attend, dense_heads, extra_rows, plain, real_keys, scores
 
-from .full import extra_rows, full_heads, real_keys
 from .gates import mlp, per_token, sinusoid
 
 
@@ -23,30 +23,37 @@ def ultragen(case: Case) -> Tensor | tuple[Tensor, Tensor]:
     """Either variant at any layer: the released one keeps full attention in the first and last three layers."""
     options = plain(case.spec)
     released = options["variant"] == "released"
-    if released and keeps_full(case.site.layer, case.site.layers):
-        rows = full_heads(case)
+    if keeps_full(case.site.layer, case.site.layers, options):
+        rows = dense_heads(case)
     else:
-        rows = block(case, released)
+        rows = block(case, released, options["windows"], options["factor"])
     y = case.host.out(rows)
     extra = extra_rows(case)
     return y if extra is None else (y, extra)
 
 
-def keeps_full(layer: int, layers: int) -> bool:
-    """Layers 0, 1, 2 and 27, 28, 29 of the 30."""
-    return layer < 3 or layer >= layers - 3
+def keeps_full(layer: int, layers: int, options: dict[str, Any]) -> bool:
+    """The released code keeps layers 0, 1, 2 and 27, 28, 29 of its 30 full; the paper keeps none."""
+    outer = 3 if options["variant"] == "released" else 0
+    first = outer if options["full_first"] is None else options["full_first"]
+    last = outer if options["full_last"] is None else options["full_last"]
+    return layer < first or layer >= layers - last
 
 
-def block(case: Case, released: bool) -> Tensor:
-    """Three branches and two gates: (B, N, heads*D)."""
+def block(case: Case, released: bool, count: int = 4, coarse_factor: int = 4) -> Tensor:
+    """Three branches and two gates: (B, N, heads*D). `count` is K.
+
+    A single regional window (K = 2) stays single on odd layers: the general rule that an undivided axis stays whole.
+    """
     odd = case.site.layer % 2
+    near_count = 1 if count == 2 else count // 2 + odd
     video = case.x.transpose(1, 2).reshape(case.x.shape[0], -1, *case.grid)
-    local = windowed(case, video, "local", 4 + odd, released)
+    local = windowed(case, video, "local", count + odd, released)
     local = back(local, case.grid)
     regional = down(case, video, "regional", 2, released)
-    regional = up(case, windowed(case, regional, "regional", 2 + odd, released), "regional", 2, released)
-    coarse = down(case, video, "global", 4, released)
-    coarse = up(case, windowed(case, coarse, "global", 1, released), "global", 4, released)
+    regional = up(case, windowed(case, regional, "regional", near_count, released), "regional", 2, released)
+    coarse = down(case, video, "global", coarse_factor, released)
+    coarse = up(case, windowed(case, coarse, "global", 1, released), "global", coarse_factor, released)
 
     assert case.timestep is not None
     wave = sinusoid(per_token(case.timestep, case.grid))

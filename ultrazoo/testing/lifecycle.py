@@ -1,0 +1,92 @@
+"""Building, saving, calling again and checkpointing: what a model does with an attention besides one forward."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.init import initial_tensor, value_of
+from .base import ContractBase
+from .compare import assert_close
+from .scenario import Example, Scenario, other_grids
+
+
+class LifeCycle(ContractBase):
+    """Everything around the forward."""
+
+    def test_state_dict_round_trip(self, example: Example) -> None:
+        first, second = Scenario(example), Scenario(example)
+        names = set(dict(first.runner.attention.named_parameters()))
+        state = copy.deepcopy(first.runner.attention.state_dict())
+        assert set(state) == names, "the state dict holds something else than the attention's own parameters"
+        with torch.no_grad():
+            for parameter in second.runner.attention.parameters():
+                parameter.zero_()
+            second.runner.attention.load_state_dict(state, strict=True)
+            assert torch.equal(second.run(), first.run())
+
+    def test_meta_build_allocates_nothing(self, example: Example) -> None:
+        with torch.device("meta"):
+            module = example.spec.build(example.site)
+        real = [name for name, tensor in module.state_dict().items() if tensor.device.type != "meta"]
+        assert real == []
+        buffers = [name for name, tensor in module.named_buffers() if tensor.device.type != "meta"]
+        assert buffers == []
+
+    def test_every_parameter_says_how_it_starts(self, example: Example) -> None:
+        """Initial values exist for every parameter, are finite and repeat with the seed."""
+        from ..ops.init import Copy
+
+        with torch.device("meta"):
+            attention = example.spec.build(example.site)
+        unknown = []
+        for name, parameter in attention.named_parameters():
+            parent, _, own = name.rpartition(".")
+            module = attention.get_submodule(parent)
+            if isinstance(value_of(module, own), Copy):
+                continue
+            values = [initial_tensor(module, own, parameter.shape, torch.Generator().manual_seed(3)) for _ in range(2)]
+            if values[0].shape != parameter.shape or not bool(torch.isfinite(values[0]).all()):
+                unknown.append(name)
+            assert torch.equal(values[0], values[1]), f"{name} does not repeat with its seed"
+        assert unknown == []
+
+    def test_calls_leave_nothing_behind(self, example: Example) -> None:
+        """Another size and another batch in between change nothing, and the input is not written to."""
+        scenario = Scenario(example)
+        kept = scenario.x.clone()
+        with torch.no_grad():
+            first = scenario.run()
+            for grid in other_grids(example):
+                other = Scenario(example, grid=grid, batch=1)
+                other.runner = scenario.runner
+                other.run()
+            second = scenario.run()
+        assert torch.equal(first, second)
+        assert torch.equal(scenario.x, kept), "the input was written to"
+
+    def test_two_forwards_before_a_backward_under_checkpointing(self, example: Example) -> None:
+        """Recomputation sees the call of its own forward: gradients equal those without checkpointing."""
+        grids = [example.site.grid, *other_grids(example)[:1]]
+
+        def gradients(wrap: bool) -> list[Tensor]:
+            main = Scenario(example, torch.float64)
+            losses, inputs = [], []
+            for grid in grids:
+                scenario = Scenario(example, torch.float64, grid=grid)
+                scenario.runner = main.runner
+                x = scenario.x.requires_grad_()
+                y = checkpoint(scenario.run, x, use_reentrant=False) if wrap else scenario.run(x)
+                losses.append(y.square().sum())
+                inputs.append(x)
+            torch.stack(losses).sum().backward()
+            found = [*inputs, *main.runner.attention.parameters()]
+            return [t.grad for t in found if t.grad is not None]
+
+        plain, recomputed = gradients(False), gradients(True)
+        assert len(plain) == len(recomputed) > 0
+        for i, (one, two) in enumerate(zip(plain, recomputed, strict=True)):
+            assert_close(f"gradient {i}", two, one, 1e-12)
