@@ -17,8 +17,10 @@ from .keymaps import FORMATS, Format, strip_prefix
 from .reader import Checkpoint
 from .tensors import PLAIN, Entry
 
-ROWS = 24
-"""Rows of a mismatch table at most; a row stands for the same parameter of many layers."""
+KINDS = ("wrong shape", "wrong type", "missing", "unexpected")
+
+ROWS = 8
+"""Rows of each kind in a mismatch table at most; a row stands for the same parameter of many layers."""
 
 
 @dataclass(frozen=True)
@@ -200,15 +202,16 @@ def _table(checkpoint: Checkpoint, layout: str, model: str, rows: Sequence[tuple
     for (kind, _, got, due), keys in groups.items():
         count = f"{len(keys)} tensors" if len(keys) > 1 else ""
         cells.append((kind, collapse(keys)[0], f"file {got}" if got else "", f"model {due}" if due else "", count))
-    cells.sort(key=lambda row: ("wrong shape", "wrong type", "missing", "unexpected").index(row[0]))
-    shown = cells[:ROWS]
+    by_kind = {kind: [row for row in cells if row[0] == kind] for kind in KINDS}
+    shown = [row for found in by_kind.values() for row in found[:ROWS]]
     widths = [max(len(row[column]) for row in shown) for column in range(4)]
     lines = [f"{checkpoint.path} ({layout}) does not fit {model}: {len(rows)} tensors differ, nothing was loaded"]
-    for row in shown:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True))
-        lines.append(f"  {line}  {row[4]}".rstrip())
-    if len(cells) > len(shown):
-        lines.append(f"  … and {len(cells) - len(shown)} more rows")
+    for kind, found in by_kind.items():
+        for row in found[:ROWS]:
+            line = "  ".join(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True))
+            lines.append(f"  {line}  {row[4]}".rstrip())
+        if len(found) > ROWS:
+            lines.append(f"  {kind}  … and {len(found) - ROWS} more rows")
     return "\n".join(lines)
 
 

@@ -32,15 +32,23 @@ def read(path: Path) -> dict[str, Tensor]:
     is not a state dict.
     """
     archive = zipfile.is_zipfile(path)
+    if archive and _is_script(path):
+        raise WeightsError(f"{path} is a TorchScript archive, which holds code; give a state dict")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, error)) from error
     except Exception as error:  # a damaged archive surfaces as almost any exception
-        if "TorchScript" in str(error):
-            raise WeightsError(f"{path} is a TorchScript archive, which holds code; give a state dict") from error
         raise WeightsError(f"{path} is damaged, cut short or not a torch file: {_first_line(error)}") from error
     return _state_dict(path, content)
+
+
+def _is_script(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:

@@ -181,6 +181,8 @@ def _make_parents(parent: Path) -> list[Path]:
         while not place.exists():
             missing.append(place)
             place = place.parent
+        if not place.is_dir():
+            raise OutputError(f"cannot write below {place}: it is a file, not a directory")
         parent.mkdir(parents=True, exist_ok=True)
     return missing
 
