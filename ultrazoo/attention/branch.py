@@ -153,7 +153,7 @@ class Branch(nn.Module):
             k, v = host.project(flat, "q" if crossed else "k"), host.project(flat, "v")
             assert isinstance(k, Tensor) and isinstance(v, Tensor)
             base = (shared.query(), k, v)
-        return adapted(adapt, self.adapt, base, from_x, flat)
+        return adapted(self.adapt, base, from_x, flat)
 
     def _positions(self, tokens: Tensor, place: Geometry | None, compressed: bool, of_keys: bool) -> Positions:
         """Coordinates of `tokens` (B, t, h, w, C) under the branch's rules."""

@@ -6,6 +6,7 @@ here; `partition` applies them to tensors.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -136,4 +137,4 @@ def rolled(cut: AxisCut, amount: int | None) -> AxisCut:
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
     moves = [size // 2 if amount is None else min(amount, size) for size in sizes]
     borders = sorted({0, cut.length, *(start + move for start, move in zip(starts, moves, strict=True))})
-    return AxisCut(merged([b - a for a, b in zip(borders, borders[1:], strict=False)]))
+    return AxisCut(merged([b - a for a, b in itertools.pairwise(borders)]))

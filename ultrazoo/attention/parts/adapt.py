@@ -139,7 +139,7 @@ def base_projections(spec: AdaptSpec, host: Host, x: Tensor) -> tuple[Tensor, Te
 
 
 def adapted(
-    spec: AdaptSpec, module: nn.Module | None, base: tuple[Tensor, Tensor, Tensor], x: Tensor, keys: Tensor
+    module: nn.Module | None, base: tuple[Tensor, Tensor, Tensor], x: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raw q (B, n, width) of x (B, n, C) and raw k, v (B, m, width) of `keys` (B, m, C), adapted from `base`."""
     if module is None:
