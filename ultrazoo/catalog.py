@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from . import registry
 from .errors import RegistryError, listed, near
 from .registry import Entry
-from .spec import AttentionSpec, BackboneSpec, Traits
+from .spec import AttentionSpec, Traits
 
 
 def list_entries(kind: str | None = None) -> list[Entry]:
@@ -78,7 +78,7 @@ def describe(name: str, kind: str | None = None) -> Description:
         limits=_limits(traits) if traits else (),
         export=tuple(traits.export) if traits else (),
         presets=tuple(getattr(cls, "presets", ()) or ()),
-        recipe=_minimal(cls, spec),
+        recipe=_minimal(cls),
     )
 
 
@@ -112,13 +112,10 @@ def _options(cls: Any) -> tuple[OptionRow, ...]:
 
 
 def _example(cls: Any) -> Any:
-    """The part with its defaults, or its first example where an option must be given."""
-    from .options import declared
+    """The part as the smallest recipe writes it; None for a part of a plugin that cannot be written so."""
+    from .options import parse
 
-    if not any(row.required for row in declared(cls)):
-        return cls()
-    examples = getattr(cls, "examples", list)()
-    return examples[0][0] if examples else None
+    return parse(cls, cls.minimal)[0]
 
 
 def _limits(traits: Traits) -> tuple[str, ...]:
@@ -139,19 +136,18 @@ def _limits(traits: Traits) -> tuple[str, ...]:
     return tuple(rows)
 
 
-def _minimal(cls: Any, spec: Any) -> dict[str, Any] | None:
+def _minimal(cls: Any) -> dict[str, Any] | None:
     """The smallest recipe that uses the part; None where a recipe does not name parts of its kind."""
-    from .options import to_data
-
-    if isinstance(spec, BackboneSpec) or issubclass(cls, BackboneSpec):
+    part = {"name": cls.name, **cls.minimal}
+    if cls.kind == "backbone":
         preset = next(iter(cls.presets), None)
-        return _recipe(cls.name, backbone={"name": cls.name, **({"preset": preset} if preset else {})})
-    if issubclass(cls, AttentionSpec):
-        return _recipe(cls.name, attention=to_data(spec)) if spec is not None else None
+        return _recipe(cls.name, backbone={"name": cls.name, "preset": preset} if preset else part)
+    if cls.kind == "attention":
+        return _recipe(cls.name, attention=part)
     if cls.kind == "kernel":
         return _recipe(cls.name, attention={"name": "full", "kernel": cls.name})
-    used = to_data(spec) if spec is not None else _use_of(cls)
-    return _recipe(cls.name, attention=_branched(cls.kind, used)) if used is not None else None
+    attention = _branched(cls.kind, part)
+    return _recipe(cls.name, attention=attention) if attention else None
 
 
 def _recipe(name: str, *, attention: Any = None, backbone: Any = None) -> dict[str, Any]:
@@ -164,42 +160,17 @@ def _recipe(name: str, *, attention: Any = None, backbone: Any = None) -> dict[s
     }
 
 
-def _branched(kind: str, part: Any) -> dict[str, Any] | None:
+def _branched(kind: str, part: dict[str, Any]) -> dict[str, Any] | None:
     """A two-branch attention in which `part` stands where parts of its kind do."""
     local: dict[str, Any] = {"layout": {"name": "windows", "counts": [4, 4]}}
     overview: dict[str, Any] = {"compress": {"name": "avg_pool", "factor": 4}}
-    fuse: Any = {"name": "weights"}
+    whole: dict[str, Any] = {"name": "branched", "branches": {"local": local, "overview": overview}}
     if kind in ("layout", "shift"):
         local[kind] = part
     elif kind == "compress":
         overview[kind] = part
     elif kind == "fuse":
-        fuse = part
+        whole[kind] = part
     else:
         return None
-    return {"name": "branched", "branches": {"local": local, "overview": overview}, "fuse": fuse}
-
-
-def _use_of(cls: Any) -> Any:
-    """How the examples of `branched` write a part that cannot be written by its name alone."""
-    from .options import to_data
-
-    for spec, _ in registry.find("attention", "branched").examples():
-        for found in _parts(spec):
-            if type(found) is cls:
-                return to_data(found)
-    return None
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """Every spec and option group inside a spec, itself included."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield value
-        for field in dataclasses.fields(value):
-            yield from _parts(getattr(value, field.name))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _parts(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _parts(item)
+    return whole

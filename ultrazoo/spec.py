@@ -214,6 +214,8 @@ class Spec:
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
     contract: ClassVar[int] = CONTRACT
+    minimal: ClassVar[Mapping[str, Any]] = {}
+    """Options that the smallest useful recipe gives, as recipe data; for parts that cannot be written by name alone."""
 
     def problems(self, site: Site) -> list[Problem]:
         """Everything wrong with these options at `site`, paths relative to this node."""
@@ -282,10 +284,10 @@ class BackboneCost:
 class Video:
     """The size of what is made: pixels and frames, or the token grid itself."""
 
-    width: int | None = None
-    height: int | None = None
-    frames: int = 1
-    grid: Grid | None = None
+    width: int | None = option(None, "pixels", ge=1)
+    height: int | None = option(None, "pixels", ge=1)
+    frames: int = option(1, "frames; 1 is an image", ge=1)
+    grid: Grid | None = option(None, "tokens (T, H, W) instead of a size in pixels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ compression (2403.04692) are settings of it. Branches that come to the same comp
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -95,6 +96,12 @@ class BranchedSpec(AttentionSpec):
 
     name: ClassVar[str] = "branched"
     source: ClassVar[str] = "UltraGen, arXiv 2510.18775; T3-Video, arXiv 2512.13492"
+    minimal: ClassVar[Mapping[str, Any]] = {
+        "branches": {
+            "local": {"layout": {"name": "windows", "counts": [4, 4]}},
+            "overview": {"compress": {"name": "avg_pool", "factor": 4}},
+        }
+    }
 
     branches: Mapping[str, BranchSpec] = option(doc="branches by name")
     fuse: FuseSpec = option(WeightsSpec(), "how the branches' outputs become one", kind="fuse")
@@ -319,14 +326,18 @@ def _examples(cls: type[BranchedSpec]) -> Iterator[tuple[AttentionSpec, Site]]:
     yield cls(branches={"all": BranchSpec()}, fuse=TokenGateSpec(per="channel", act="none")), site
 
 
+def module_name(branch: str) -> str:
+    """A branch's name in the state dict: Python's keywords get an underscore (``global_``), for exporters write code."""
+    return f"{branch}_" if keyword.iskeyword(branch) else branch
+
+
 class BranchedAttention(Attention):
     """(B, N, C) → (B, N, C); with extra tokens also (B, M, heads*D)."""
 
     def __init__(self, spec: BranchedSpec, site: Site):
         super().__init__(spec, site)
-        self.branches = nn.ModuleDict(
-            {name: Branch(branch, site, spec.kernel) for name, branch in spec.branches.items()}
-        )
+        rows = spec.branches.items()
+        self.branches = nn.ModuleDict({module_name(name): Branch(branch, site, spec.kernel) for name, branch in rows})
         self.fuse = spec.fuse.build(spec.names, site)
 
     def forward(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
@@ -341,7 +352,8 @@ class BranchedAttention(Attention):
         outputs: dict[str, Tensor] = {}
         lse: dict[str, Tensor] = {}
         done: dict[Any, str] = {}
-        for name, branch in self.branches.items():
+        for name in spec.names:
+            branch = self.branches[module_name(name)]
             key = branch.identity(call.grid, self.traced)
             if key is not None and key in done:
                 outputs[name] = outputs[done[key]]

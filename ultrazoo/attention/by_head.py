@@ -45,6 +45,13 @@ class ByHeadSpec(AttentionSpec):
     name: ClassVar[str] = "by_head"
     source: ClassVar[str] = "STA, arXiv 2502.04507 (windows per head); CSWin, arXiv 2107.00652"
 
+    minimal: ClassVar[Mapping[str, Any]] = {
+        "groups": {
+            "0-5": {"name": "full"},
+            "6-11": {"name": "branched", "branches": {"local": {"layout": {"name": "windows", "counts": [4, 4]}}}},
+        }
+    }
+
     groups: Mapping[str, AttentionSpec] = option(doc="head ranges → attention", kind="attention")
 
     def _heads(self) -> list[tuple[str, tuple[int, ...], AttentionSpec]]:

@@ -20,7 +20,7 @@ FILES = {
     "README.md.txt": "README.md",
     "init.py.txt": "{module}/__init__.py",
     "block.py.txt": "{module}/block.py",
-    "oracle.py.txt": "tests/oracle.py",
+    "oracle.py.txt": "{module}/oracle.py",
     "test_block.py.txt": "tests/test_{module}.py",
 }
 """Template → where it goes in the package."""

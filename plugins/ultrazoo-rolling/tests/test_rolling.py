@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from ultrazoo_rolling.oracle import rolling
 from ultrazoo_rolling.rolling import RollingSpec
 from ultrazoo_rolling.spans import Span, spans
 
@@ -13,10 +11,6 @@ from ultrazoo import plan, visible
 from ultrazoo.grid import Grid
 from ultrazoo.spec import Site
 from ultrazoo.testing import contract_suite
-
-# the oracle lies beside this file; test folders are not packages
-sys.path.insert(0, str(Path(__file__).parent))
-from oracle import rolling
 
 TestRolling = contract_suite("longvideo/rolling", oracle=rolling)
 

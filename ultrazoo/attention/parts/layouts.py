@@ -5,8 +5,9 @@ Axes: one number or two mean (H, W) with T whole, three mean (T, H, W).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...errors import Problem
 from ...grid import AXES, Grid, per_axis
@@ -48,6 +49,7 @@ class WindowsSpec(LayoutSpec):
 
     name: ClassVar[str] = "windows"
     source: ClassVar[str] = "Liu et al., arXiv 2103.14030; UltraGen, arXiv 2510.18775"
+    minimal: ClassVar[Mapping[str, Any]] = {"counts": [4, 4]}
 
     counts: int | tuple[int, ...] | None = option(None, "windows per axis", ge=1)
     size: int | tuple[int, ...] | None = option(None, "tokens per window and axis; 0 leaves an axis whole", ge=0)
@@ -131,6 +133,7 @@ class StridedSpec(LayoutSpec):
 
     name: ClassVar[str] = "strided"
     source: ClassVar[str] = "Tu et al., arXiv 2204.01697; T3-Video, arXiv 2512.13492"
+    minimal: ClassVar[Mapping[str, Any]] = {"counts": [4, 4]}
 
     counts: int | tuple[int, ...] = option(doc="windows per axis: tokens n apart share one", ge=1)
 
