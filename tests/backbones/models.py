@@ -118,6 +118,9 @@ def diffusers_dit(model: Dit, side: int) -> nn.Module:
         num_embeds_ada_norm=spec.classes,
         norm_eps=spec.eps,
     ).eval()
+    for block in other.transformer_blocks:
+        # diffusers spaces the time's frequencies by half - 1, the original and we by half
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
     ours = model.state_dict()
     state: dict[str, Tensor] = {
         "pos_embed.proj.weight": ours["patch_embedding.weight"][:, :, 0],
