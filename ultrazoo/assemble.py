@@ -8,6 +8,7 @@ the first case and of a few tensors in the second.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,17 +23,17 @@ from .weights import config
 from .weights.match import Match, match
 from .weights.reader import Checkpoint, open_checkpoint
 from .weights.released import require_released
-from .weights.slots import Slot, Values, attention_paths, slots_of, stream
+from .weights.slots import Slot, Unfilled, Values, attention_paths, slots_of, stream
 from .weights.staging import refuse_existing, staged
 from .weights.writer import Progress, order, write_bytes, write_checkpoint
 
 if TYPE_CHECKING:
     from .recipe import Plan, Recipe, Resolved
 
-    Source = str | os.PathLike[str] | Mapping[str, Any] | Recipe | Resolved | Plan
+    Source = str | Path | Mapping[str, Any] | Recipe | Resolved | Plan
 
 ExtraFiles = Mapping[str, Callable[[], bytes]]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 WEIGHTS_FILE = "model"
 RESERVED = ("recipe.yaml", "plan.json", config.FILE)
 
@@ -57,7 +58,7 @@ def build(
         return model.to(kind)
     with _opened(plan, model) as (checkpoint, found):
         _fill(Values(model, seed=plan.resolved.seed, dtype=kind, match=found, checkpoint=checkpoint), where)
-    model.origin = _origin(plan, found)
+    model.origin = _origin(plan, found)  # type: ignore[assignment]
     return model
 
 
@@ -68,7 +69,7 @@ def skeleton(plan: Plan) -> nn.Module:
     """
     resolved = plan.resolved
     steps = [(one.first, one.last, dict(one.layers)) for one in resolved.steps]
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model: nn.Module = resolved.backbone.module(
             resolved.backbone, resolved.attention, grid=resolved.grid, steps=steps
         )
@@ -79,7 +80,7 @@ def skeleton(plan: Plan) -> nn.Module:
             f"{resolved.backbone.name!r} or of one of its attentions ({listed(sorted({s.name for s in resolved.attention}))}) "
             "is wrong"
         )
-    model.plan = plan
+    model.plan = plan  # type: ignore[assignment]
     return model
 
 
@@ -149,8 +150,7 @@ def from_pretrained(
     place = Path(directory)
     content = config.read(place)
     config.require_plugins(place, content["plugins"])
-    # the weights are in the directory, wherever they once came from
-    plan = _plan({**content["recipe"], "weights": None}, (), None)
+    plan = _plan(content["recipe"], (), None)
     if plan.hash != content["hash"]:
         raise WeightsError(
             f"{place}: its recipe has hash {plan.hash} here and {content['hash']} when it was saved by ultrazoo "
@@ -180,8 +180,11 @@ def _plan(source: Source, overrides: tuple[str, ...], dtype: str | torch.dtype |
         if not overrides:
             return recipe.make_plan(source)
         source = source.data()
-    loaded = source if isinstance(source, recipe.Recipe) and not overrides else recipe.load(source, overrides)
-    return recipe.make_plan(recipe.resolve(loaded))
+    if isinstance(source, recipe.Recipe):
+        if not overrides:
+            return recipe.make_plan(recipe.resolve(source))
+        source = source.data()
+    return recipe.make_plan(recipe.resolve(recipe.load(source, overrides)))
 
 
 def _dtype_name(dtype: str | torch.dtype) -> str:
@@ -260,7 +263,7 @@ def _write(
     entries = order([entry(slot) for slot in by_name.values()])
     with staged(out, force=force) as new:
         write_bytes(new / "recipe.yaml", _recipe_text(plan).encode())
-        write_bytes(new / "plan.json", plan.to_json().encode())
+        write_bytes(new / "plan.json", (json.dumps(plan.to_json(), indent=2, allow_nan=False) + "\n").encode())
         for name, content in extra.items():
             write_bytes(new / name, content())
         written = write_checkpoint(

@@ -74,10 +74,10 @@ _SELF = "blocks.{i}.self_attn."
 # "hierachcal" is how the released files spell it
 _ULTRAGEN: Rows = (
     *_WAN,
-    (_EXTRA + "branches.global.adapt.{x}.{ab}.{p}", _SELF + "{x}_lora_1.{ab}.{p}"),
+    (_EXTRA + "branches.global_.adapt.{x}.{ab}.{p}", _SELF + "{x}_lora_1.{ab}.{p}"),
     (_EXTRA + "branches.regional.adapt.{x}.{ab}.{p}", _SELF + "{x}_lora_2.{ab}.{p}"),
-    (_EXTRA + "branches.global.compress.conv.{p}", _SELF + "downsample_conv.{p}"),
-    (_EXTRA + "branches.global.lift.conv.{p}", _SELF + "upsample_conv.{p}"),
+    (_EXTRA + "branches.global_.compress.conv.{p}", _SELF + "downsample_conv.{p}"),
+    (_EXTRA + "branches.global_.lift.conv.{p}", _SELF + "upsample_conv.{p}"),
     (_EXTRA + "branches.regional.compress.conv.{p}", _SELF + "downsample_conv_hierachcal.{p}"),
     (_EXTRA + "branches.regional.lift.conv.{p}", _SELF + "upsample_conv_hierachcal.{p}"),
     (_EXTRA + "fuse.gates.0.{l}.{p}", _SELF + "alpha_time_embedding.{l}.{p}"),

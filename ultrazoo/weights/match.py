@@ -2,7 +2,7 @@
 
 The rule: the backbone's own parameters must all be in the file, with their shapes, and the file must hold no others.
 Extra parameters of attention blocks may be new (they start as the design says) or dropped, part by part: a part
-(``branches.global``, ``fuse``) is in the file whole or not at all.
+(``branches.global_``, ``fuse``) is in the file whole or not at all.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def _table(checkpoint: Checkpoint, layout: str, model: str, rows: Sequence[tuple
     for kind, key, got, due in rows:
         groups.setdefault((kind, _shape_of(key), got, due), []).append(key)
     cells = []
-    for (kind, _, got, due), keys in groups.items():
+    # what differs in most layers says most
+    for (kind, _, got, due), keys in sorted(groups.items(), key=lambda group: -len(group[1])):
         count = f"{len(keys)} tensors" if len(keys) > 1 else ""
         cells.append((kind, collapse(keys)[0], f"file {got}" if got else "", f"model {due}" if due else "", count))
     by_kind = {kind: [row for row in cells if row[0] == kind] for kind in KINDS}

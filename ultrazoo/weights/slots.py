@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..attention.contract import Attention
 from ..errors import UltrazooError
@@ -23,6 +25,22 @@ from ..ops import init
 from .match import Match
 from .reader import Checkpoint
 from .tensors import Entry
+
+
+class Unfilled(TorchFunctionMode):
+    """While it is active, filling a tensor of the meta device with random numbers does nothing.
+
+    torch's own way to do so imports its compiler, which takes seconds.
+    """
+
+    FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.log_normal_, Tensor.exponential_})
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in self.FILLS and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
