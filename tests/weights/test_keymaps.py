@@ -49,9 +49,9 @@ def test_diffusers_names_are_wans_by_another_name():
     ("key", "name"),
     [
         # the released global branch is number 1, the regional one number 2 and "hierachcal"
-        ("blocks.7.self_attn.k_lora_1.lora_A.bias", "blocks.7.attention.branches.global.adapt.k.lora_A.bias"),
+        ("blocks.7.self_attn.k_lora_1.lora_A.bias", "blocks.7.attention.branches.global_.adapt.k.lora_A.bias"),
         ("blocks.7.self_attn.v_lora_2.lora_B.weight", "blocks.7.attention.branches.regional.adapt.v.lora_B.weight"),
-        ("blocks.7.self_attn.downsample_conv.weight", "blocks.7.attention.branches.global.compress.conv.weight"),
+        ("blocks.7.self_attn.downsample_conv.weight", "blocks.7.attention.branches.global_.compress.conv.weight"),
         ("blocks.7.self_attn.upsample_conv_hierachcal.bias", "blocks.7.attention.branches.regional.lift.conv.bias"),
         # a = alpha_time_* mixes all of them, b = alpha_time_*2 local and regional
         ("blocks.7.self_attn.alpha_time_embedding.2.weight", "blocks.7.attention.fuse.gates.0.2.weight"),

@@ -107,7 +107,7 @@ class Branch(nn.Module):
         common: dict[str, Any] = {"extra": extra, "key_valid": valid, "lse": lse, "kernel": self.kernel}
         if place is None:
             rules = self._rules()
-            y, found = attend_rules(q, k, v, rules, rules, **common)
+            y, found = attend_rules(q, k, v, rules, rules, same_grid=queries is keys, **common)
         else:
             y, found = attend_cuts(q, k, v, place.q_cuts, place.k_cuts, **common)
         y = y.flatten(4)  # (B, t, h, w, heads*D)

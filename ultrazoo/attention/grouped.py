@@ -78,17 +78,16 @@ def attend_rules(
     q_rules: Sequence[AxisRule],
     k_rules: Sequence[AxisRule],
     *,
+    same_grid: bool = True,
     extra: Extra | None = None,
     key_valid: Tensor | None = None,
     lse: bool = False,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """The same in the index form: sizes may be symbolic."""
+    """The same in the index form: sizes may be symbolic, so the caller says whether q and k are on the same grid."""
     batch, q_grid, k_grid = q.shape[0], q.shape[1:4], k.shape[1:4]
     q_axes = partition.indices(q_rules, q_grid, q.device)
-    k_axes = (
-        q_axes if k is q or (q_rules == k_rules and q_grid == k_grid) else partition.indices(k_rules, k_grid, k.device)
-    )
+    k_axes = q_axes if same_grid else partition.indices(k_rules, k_grid, k.device)
     mask = partition.gathered_mask(k_axes, k_grid, batch, k.device)
     if key_valid is not None:
         valid = partition.gathered_heads(key_valid[..., None, None], k_axes)[:, 0, :, 0]

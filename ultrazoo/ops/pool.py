@@ -20,7 +20,7 @@ Ragged = Literal["exact", "resize"]
 
 def coarse_size(length: int, factor: int, ragged: Ragged = "exact") -> int:
     """Cells along an axis: rounded up when exact, the remainder dropped when resizing."""
-    return -(-length // factor) if ragged == "exact" else length // factor
+    return (length + factor - 1) // factor if ragged == "exact" else length // factor
 
 
 def cells(x: Tensor, cell: Cell, ragged: Ragged = "exact", traced: bool = False) -> Tensor:

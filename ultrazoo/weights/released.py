@@ -13,43 +13,50 @@ from ..attention.branched import BranchedSpec
 from ..attention.parts.fuse import TimeGateSpec
 from ..errors import Problem, WeightsError
 from ..spec import AttentionSpec
-from .match import Match
+from .match import collapse, detect
+from .reader import Checkpoint
 
 ORDER = [["local", "regional"], "global"]
 KEY_FROM = {"regional": "key", "global": "query"}
 
 
-def require_released(attention: Sequence[AttentionSpec], match: Match) -> None:
-    """Raise WeightsError for every layer that reuses released extra weights in a block that reads them differently."""
-    if match.format != "ultragen":
+def require_released(checkpoint: Checkpoint, attention: Sequence[AttentionSpec], layout: str = "auto") -> None:
+    """Raise WeightsError for every branched layer that would misread released extra weights.
+
+    A layer that the file has extra weights for and that is not branched at all drops them; that is reported elsewhere.
+    """
+    form, prefix = detect(checkpoint, layout)
+    if form.name != "ultragen":
         return
-    layers = sorted({int(n.split(".")[1]) for n in match.reused if n.startswith("blocks.") and ".attention." in n})
-    wrong: dict[Problem, list[int]] = {}
+    names = [form.ours(key[len(prefix) :]) or "" for key in checkpoint]
+    layers = sorted({int(name.split(".")[1]) for name in names if ".attention." in name})
+    wrong: dict[Problem, list[str]] = {}
     for layer in layers:
-        for problem in _problems(attention[layer]):
-            wrong.setdefault(problem, []).append(layer)
+        if layer < len(attention) and isinstance(spec := attention[layer], BranchedSpec):
+            for problem in _problems(spec):
+                wrong.setdefault(problem, []).append(f"attention.{layer}.{problem.path}")
     if wrong:
-        lines = [f"{match.path} holds released UltraGen weights, which this recipe would misread; nothing was loaded"]
-        for problem, where in wrong.items():
-            lines.append(f"  layers {where[0]}-{where[-1]}: {problem.path}   {problem.rule}; {problem.fix}")
-        lines.append("  the design they belong to: {name: ultragen, variant: released}")
+        lines = [
+            f"{checkpoint.path} holds released UltraGen weights, which this recipe would misread; nothing was loaded"
+        ]
+        lines += [f"  {collapse(where)[0]}   {problem.rule}; {problem.fix}" for problem, where in wrong.items()]
+        lines.append("  the design they belong to is {name: ultragen, variant: released}")
         raise WeightsError("\n".join(lines))
 
 
-def _problems(spec: AttentionSpec) -> list[Problem]:
-    if not isinstance(spec, BranchedSpec):
-        return [Problem("name", f"got {spec.name!r}", "use 'branched'")]
+def _problems(spec: BranchedSpec) -> list[Problem]:
     found = []
-    order = spec.fuse.order if isinstance(spec.fuse, TimeGateSpec) else None
-    if _plain(order) != ORDER:
-        found.append(Problem("fuse", f"the gates belong to the order {ORDER}, got {_plain(order)}", "use that order"))
+    order = _plain(spec.fuse.order) if isinstance(spec.fuse, TimeGateSpec) else None
+    if order != ORDER:
+        got = f"order {order}" if order else f"fuse {spec.fuse.name!r}"
+        found.append(Problem("fuse.order", f"the gates belong to the order {ORDER}, got {got}", "use that order"))
     for name, due in KEY_FROM.items():
         branch = spec.branches.get(name)
-        got = getattr(branch.adapt, "key_from", None) if branch is not None else None
-        if got != due:
-            found.append(
-                Problem(f"branches.{name}.adapt.key_from", f"is {due!r} there, got {got!r}", f"set it to {due}")
-            )
+        if branch is None:
+            found.append(Problem(f"branches.{name}", "there is no such branch", "add it"))
+        elif (got := getattr(branch.adapt, "key_from", None)) != due:
+            path = f"branches.{name}.adapt.key_from"
+            found.append(Problem(path, f"the weights belong to {due!r}, got {got!r}", f"use {due!r}"))
     return found
 
 
