@@ -11,6 +11,7 @@ from torch import Tensor
 from ultrazoo.testing import Case, affine, attend, extra_rows, plain, real_keys, scores
 
 from . import cells, gates, windows
+from .names import stored
 
 
 def raw_projection(
@@ -37,7 +38,7 @@ class Branch:
 
     def __init__(self, case: Case, name: str, options: Mapping[str, Any]):
         self.case, self.options = case, options
-        self.weights = case.own(f"branches.{name}.")
+        self.weights = case.own(f"branches.{stored(name)}.")
         self.compress = options["compress"]
         self.layout, self.shift, self.coords = options["layout"], options["shift"], options["coords"]
         layer = case.site.layer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cells
+from .names import stored
 
 
 def randn(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
@@ -82,7 +83,7 @@ def own_weights(
     weights: dict[str, Tensor] = {}
     for name, one in options["branches"].items():
         found = branch_weights(generator, one, dim, width)
-        weights |= {f"branches.{name}.{k}": v for k, v in found.items()}
+        weights |= {f"branches.{stored(name)}.{k}": v for k, v in found.items()}
     found = time_gate_weights(generator, gates, dim, width)
     return weights | {f"fuse.{k}": v for k, v in found.items()}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ultrazoo.testing import Case, affine, attend, dense_heads, extra_rows, plain, real_keys, scores
 
 from .gates import mlp, per_token, sinusoid
+from .names import stored
 
 
 def ultragen(case: Case) -> Tensor | tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ def back(z: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 def down(case: Case, video: Tensor, name: str, k: int, released: bool) -> Tensor:
     """Depthwise k x k convolution with stride k per frame; the paper variant fills partial cells with the edge."""
-    weights = case.own(f"branches.{name}.compress.conv.")
+    weights = case.own(f"branches.{stored(name)}.compress.conv.")
     z = frames(video)
     if not released:
         z = F.pad(z, (0, -z.shape[-1] % k, 0, -z.shape[-2] % k), mode="replicate")
@@ -94,7 +95,7 @@ def down(case: Case, video: Tensor, name: str, k: int, released: bool) -> Tensor
 
 def up(case: Case, z: Tensor, name: str, k: int, released: bool) -> Tensor:
     """Bilinear per frame, then a depthwise 3x3x3 convolution on the map of the grid's size."""
-    weights = case.own(f"branches.{name}.lift.conv.")
+    weights = case.own(f"branches.{stored(name)}.lift.conv.")
     batch, (_, height, width) = z.shape[0], case.grid
     if released:
         z = back(z, case.grid)
@@ -114,7 +115,7 @@ def project(case: Case, which: str, x: Tensor, name: str, released: bool) -> Ten
     if name == "local":
         return case.host.raw(x, which)
     base = "q" if released and name == "global" and which == "k" else which
-    weights = case.own(f"branches.{name}.adapt.{which}.")
+    weights = case.own(f"branches.{stored(name)}.adapt.{which}.")
     return case.host.raw(x, base) + affine(weights, "lora_B", affine(weights, "lora_A", x))
 
 
