@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .out import ReaderGone
+
 INTERRUPTED = 130
 PLUGIN_SECONDS = 120.0
 """How long a plugin named by a recipe may take to import, unless ULTRAZOO_PLUGIN_SECONDS says otherwise."""
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except (BrokenPipeError, ReaderGone):
         # the reader has seen enough (`ultrazoo list | head -1`): not a failure, and nothing to say
         _silence()
         return 0

@@ -34,9 +34,16 @@ def width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else _PLAIN_WIDTH
 
 
+class ReaderGone(Exception):
+    """Whoever read our stdout has closed it. Not an OSError: the parser takes those for failures."""
+
+
 def echo(text: str = "") -> None:
-    """One result on stdout."""
-    sys.stdout.write(text + "\n")
+    """One result on stdout; raises ReaderGone when nobody reads any more."""
+    try:
+        sys.stdout.write(text + "\n")
+    except BrokenPipeError:
+        raise ReaderGone from None
 
 
 def note(text: str) -> None:

@@ -17,7 +17,7 @@ def command(
     output: Path | None = typer.Option(None, "-o", "--output", help="Write to this file instead of stdout."),
 ) -> None:
     """Print the JSON Schema of recipes, for editors and validators."""
-    from ..options import json_schema
+    from ..recipe import json_schema
 
     data = json_schema()
     if output is None:
