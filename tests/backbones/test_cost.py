@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.backbones.models import TINY_WAN, tiny_dit, tiny_wan, wan_inputs
@@ -140,6 +141,33 @@ def test_what_training_keeps(dtype):
         cost, attention = spec.cost(grid), FullSpec().cost(spec.sites(grid)[1])
         predicted = cost.layer_saved_elements[1] + attention.saved_elements
         assert saved_by_a_layer(model, inputs) == pytest.approx(predicted, rel=0.15), spec.name
+
+
+def peak_of(run):
+    """Most bytes that `run` holds at once beyond what was there, by the allocations torch's profiler sees."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("chunk", [None, 128])
+def test_peak_of_inference(chunk):
+    grid = Grid(4, 32, 32)
+    wan = tiny_wan(grid=grid, ffn_chunk=chunk, dim=96, ffn_dim=560)
+    latents, time, text = wan_inputs((4, 64, 64), batch=1)
+    dit = tiny_dit(grid=grid, ffn_chunk=chunk)
+    for model, inputs in ((wan, (latents, time, text)), (dit, (latents, time, torch.tensor([3])))):
+        spec = model.spec
+        cost, attention = spec.cost(grid), FullSpec().cost(spec.sites(grid)[0])
+        predicted = cost.stream_elements + max(cost.layer_peak_elements[0], attention.peak_elements)
+        with torch.no_grad():
+            measured = peak_of(lambda model=model, inputs=inputs: model(*inputs)) / 4
+        assert measured == pytest.approx(predicted, rel=0.03 if chunk is None else 0.12), spec.name
 
 
 def test_chunks_lower_the_peak_and_nothing_else():

@@ -146,9 +146,7 @@ def test_a_video_of_one_frame_is_an_image():
     model = tiny_dit()
     latents, time, labels = inputs(10, 6)
     with torch.no_grad():
-        assert_close(
-            "one frame", model(latents[:, :, None], time, labels)[:, :, 0], model(latents, time, labels), 1e-6
-        )
+        assert_close("one frame", model(latents[:, :, None], time, labels)[:, :, 0], model(latents, time, labels), 1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3, 45], ids=["sample", "frame", "token"])

@@ -24,7 +24,7 @@ from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Options, Site, Vid
 from .contract import Backbone, Steps
 from .geometry import Geometry
 from .host import ProjectedHost
-from .layers import gated, in_chunks, modulate, start_linears, timestep_groups, traced, unpatchify, wide
+from .layers import gated, in_chunks, modulate, start_linears, timestep_groups, tokens_of, traced, unpatchify, wide
 
 TIME_CHANNELS = 256
 """Channels of the sinusoidal time embedding."""
@@ -189,23 +189,28 @@ class Dit(Backbone):
     def forward(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         self._check(latents, timestep, labels)
         image = latents.ndim == 4
-        x = self.patch_embedding(latents[:, :, None] if image else latents)
-        grid = (x.shape[2], x.shape[3], x.shape[4])
-        # (B, C, T, H, W) → (B, N, C)
-        x = (x.permute(0, 2, 3, 4, 1) + self._positions(grid, x)).flatten(1, 3)
-        time = self.time_embedding(sinusoid(timestep_groups(timestep, grid), TIME_CHANNELS, x.dtype))
+        latents = latents[:, :, None] if image else latents
+        grid = tokens_of(latents, self.spec.geometry.patch)
+        labelled = self.label_embedding(labels)
+        time = self.time_embedding(sinusoid(timestep_groups(timestep, grid), TIME_CHANNELS, labelled.dtype))
         # (B, G, C) + (B, 1, C)
-        condition = time + self.label_embedding(labels)[:, None]
-        x = self.run_blocks(x, grid, timestep, condition)
-        y = unpatchify(self.head(x, condition), grid, (1, self.spec.patch, self.spec.patch))
+        condition = time + labelled[:, None]
+        # not through a variable here, which would keep the first tokens alive until the last layer
+        x = self.run_blocks(self._embed(latents, grid), grid, timestep, condition)
+        y = unpatchify(self.head(x, condition), grid, self.spec.geometry.patch)
         return y[:, :, 0] if image else y
+
+    def _embed(self, latents: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        # (B, C, T, H, W) → (B, T, H, W, C) → (B, N, C)
+        x = self.patch_embedding(latents).permute(0, 2, 3, 4, 1)
+        return (x + self._positions(grid, x)).flatten(1, 3)  # type: ignore[no-any-return]
 
     def _positions(self, grid: tuple[int, int, int], like: Tensor) -> Tensor:
         """(T, H, W, C): columns in the first half of the channels, rows in the second, time added over all."""
         t, h, w = grid
-        across, down = (_sincos(self._axis(axis, grid, like), like.shape[1] // 2) for axis in (2, 1))
+        across, down = (_sincos(self._axis(axis, grid, like), like.shape[-1] // 2) for axis in (2, 1))
         frame = torch.cat([across[None].expand(h, -1, -1), down[:, None].expand(-1, w, -1)], dim=-1)
-        moments = _sincos(torch.arange(t, device=like.device, dtype=torch.float64), like.shape[1])
+        moments = _sincos(torch.arange(t, device=like.device, dtype=torch.float64), like.shape[-1])
         return (frame + (moments - moments[:1])[:, None, None]).to(like.dtype)
 
     def _axis(self, axis: int, grid: tuple[int, int, int], like: Tensor) -> Tensor:

@@ -63,6 +63,12 @@ def in_chunks(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int | None) ->
     return out
 
 
+def tokens_of(latents: Tensor, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The token grid of latents (B, c, F, h, w)."""
+    frames, height, width = latents.shape[2:]
+    return (frames // patch[0], height // patch[1], width // patch[2])
+
+
 def unpatchify(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
     """Tokens (B, T*H*W, pt*ph*pw*channels) → latents (B, channels, T*pt, H*ph, W*pw)."""
     x = x.unflatten(1, grid).unflatten(-1, (*patch, -1))

@@ -26,7 +26,18 @@ from .contract import Steps
 from .facade import Config, PipelineBackbone, Sample, refuse_attention_kwargs
 from .geometry import Geometry
 from .host import ProjectedHost
-from .layers import RMSNorm, gated, in_chunks, modulate, start_linears, timestep_groups, traced, unpatchify, wide
+from .layers import (
+    RMSNorm,
+    gated,
+    in_chunks,
+    modulate,
+    start_linears,
+    timestep_groups,
+    tokens_of,
+    traced,
+    unpatchify,
+    wide,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,16 +270,18 @@ class Wan(PipelineBackbone):
         if latents is None or timestep is None or text is None:
             raise UsageError("a forward needs latents, timestep and text")
         self._check(latents, timestep, text)
-        x = self.patch_embedding(latents)
-        grid = (x.shape[2], x.shape[3], x.shape[4])
-        # (B, C, T, H, W) → (B, N, C), contiguous: every layer reads it token by token
-        x = x.flatten(2).transpose(1, 2).contiguous()
+        grid = tokens_of(latents, self.spec.patch)
         text = self.text_embedding(text)
-        time = self.time_embedding(sinusoid(timestep_groups(timestep, grid), self.spec.time_dim, x.dtype))
+        time = self.time_embedding(sinusoid(timestep_groups(timestep, grid), self.spec.time_dim, text.dtype))
         # (B, G, 6C) → (B, G, 6, C)
         rows = self.time_projection(time).unflatten(2, (6, -1))
-        x = self.run_blocks(x, grid, timestep, text, rows)
+        # not through a variable here, which would keep the first tokens alive until the last layer
+        x = self.run_blocks(self._embed(latents), grid, timestep, text, rows)
         return unpatchify(self.head(x, time), grid, self.spec.patch)
+
+    def _embed(self, latents: Tensor) -> Tensor:
+        # (B, C, T, H, W) → (B, N, C), contiguous: every layer reads it token by token
+        return self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # type: ignore[no-any-return]
 
     def _check(self, latents: Tensor, timestep: Tensor, text: Tensor) -> None:
         spec = self.spec
