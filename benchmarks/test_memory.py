@@ -45,7 +45,7 @@ def test_rope_tables_at_4k(record: Callable[[Row], None], command: str) -> None:
 
 
 def test_forward_of_1_3b_on_a_cpu(environment: dict[str, str], record: Callable[[Row], None], command: str) -> None:
-    small = against_oracle("ultragen", layer=4, layers=30, variant="paper")
+    small = against_oracle("ultragen", layer=4, layers=30, rank=8, variant="paper")
     line = [sys.executable, "benchmarks/forward.py", "recipes/ultragen_1080p.yaml", *map(str, FORWARD_GRID)]
     done = watch(line, cwd=ROOT, env=environment)
     assert done.code == 0, done.output

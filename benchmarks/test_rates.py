@@ -18,6 +18,7 @@ from benchmarks.conftest import THREADS
 from benchmarks.gates import against_oracle, against_reference_kernel
 from benchmarks.measure import Timing, interleaved
 from benchmarks.rows import Row
+from ultrazoo.grid import Grid
 from ultrazoo.spec import Rope, Site
 
 DIM, HEADS, GRID = 1536, 12, (5, 32, 64)
@@ -33,12 +34,12 @@ def _matmul() -> Callable[[], object]:
     return lambda: torch.mm(a, b, out=out)
 
 
-def _block(name: str, layer: int, **options: Any) -> tuple[torch.nn.Module, Site]:
+def _block(name: str, layer: int, **options: Any) -> tuple[Any, Site]:
     torch.manual_seed(0)
     block = ultrazoo.create_attention(
         name, dim=DIM, heads=HEADS, layer=layer, layers=LAYERS, rope=ROPE, qk_norm=True, **options
     ).eval()
-    site = block.attention.site.at(grid=ultrazoo.spec.Grid(*GRID))
+    site = block.site.at(grid=Grid(*GRID))
     return block, site
 
 
@@ -59,7 +60,7 @@ def _timed(benchmark: Any, calls: dict[str, Callable[[], object]], main: str) ->
 @pytest.mark.benchmark(group="block")
 @pytest.mark.parametrize("layer", [4, 5], ids=["even", "odd"])
 def test_released_block_against_matmul(layer: int, benchmark: Any, record: Callable[[Row], None], command: str) -> None:
-    small = against_oracle("ultragen", layer=layer, layers=LAYERS, variant="released")
+    small = against_oracle("ultragen", layer=layer, layers=LAYERS, rank=8, variant="released")
     block, site = _block("ultragen", layer, variant="released")
     x = torch.randn(1, site.tokens, DIM)
     timestep = torch.tensor([500.0])
@@ -134,7 +135,7 @@ def test_block_on_a_gpu(name: str, benchmark: Any, record: Callable[[Row], None]
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: torch.cuda.is_available() is False")
     options = {"variant": "paper"} if name == "ultragen" else {}
-    small = against_oracle(name, layer=4, layers=LAYERS, **options)
+    small = against_oracle(name, layer=4, layers=LAYERS, **({"rank": 8} | options if options else {}))
     block, site = _block(name, 4, **options)
     block = block.to("cuda", torch.bfloat16)
     x = torch.randn(1, site.tokens, DIM, device="cuda", dtype=torch.bfloat16)

@@ -1,0 +1,58 @@
+"""Correctness gates: no speed is reported for a block that computes something else.
+
+`against_oracle` runs the contract's main comparison, small and in fp64 loops; `against_reference_kernel` compares the block at the
+measured size and dtype with itself on the plain softmax kernel. Both return the error ratio and raise AssertionError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultrazoo import kernels
+from ultrazoo.attention.standalone import Standalone
+from ultrazoo.grid import Grid
+from ultrazoo.options import parse_part
+from ultrazoo.spec import Rope, Site
+from ultrazoo.testing import TOLERANCES, error_ratio, null_answers
+from ultrazoo.testing.scenario import Example, Scenario
+
+SMALL = Site(dim=24, heads=3, head_dim=8, grid=Grid(2, 9, 11), rope=Rope(axes=(4, 2, 2)), qk_norm=True)
+
+
+def against_oracle(name: str, *, layer: int = 0, layers: int = 1, **options: Any) -> float:
+    """Error ratio of a small block in fp32 against its oracle in fp64, random weights, batch 2, ragged sizes."""
+    spec, found = parse_part("attention", {"name": name, **options})
+    assert spec is not None, found
+    scenario = Scenario(Example(spec, SMALL.at(layer=layer, layers=layers), f"bench {name}"))
+    oracle = getattr(importlib.import_module(f"tests.oracles.{name}"), name)
+    with torch.no_grad():
+        got, reference = scenario.run(), oracle(scenario.case())
+    measured, allowed = error_ratio(got, reference), TOLERANCES[torch.float32].output
+    assert measured <= allowed, f"{name}: error ratio {measured:.3g} against the oracle exceeds {allowed:.3g}"
+    for wrong, answer in null_answers(reference, scenario.x.double()).items():
+        assert error_ratio(answer, reference) > 3 * allowed, f"the comparison accepts {wrong}"
+    return measured
+
+
+def against_reference_kernel(block: Standalone, x: Tensor, grid: Sequence[int], timestep: Tensor | None) -> float:
+    """Error ratio of the block's answer against the same block with every softmax written out (kernel ``math``)."""
+    got = block(x, grid, timestep)
+    attention = block.attention
+    fast = attention.spec
+    try:
+        attention.spec = dataclasses.replace(fast, kernel="math")
+        with kernels.record() as runs:
+            reference = block(x, grid, timestep)
+    finally:
+        attention.spec = fast
+    assert {run.kernel for run in runs} == {"math"}, "the reference did not run on the plain kernel"
+    measured, allowed = error_ratio(got, reference), TOLERANCES[x.dtype].output
+    assert measured <= allowed, f"error ratio {measured:.3g} against the plain kernel exceeds {allowed:.3g}"
+    assert error_ratio(torch.zeros_like(reference), reference) > 3 * allowed
+    return measured
