@@ -81,7 +81,8 @@ def _problem(keys: tuple[Any, ...], text: str, mark: Mark, error: Exception, tre
         rule = f"{text!r} refers to itself"
     else:
         rule = f"{text!r} does not resolve: {_cause(error)}"
-        fix = near(wanted, [_shown(one) for one, _, _ in leaves(tree)])
+        names = {_shown(one) for one, _, _ in leaves(tree)}
+        fix = "" if wanted in names else near(wanted, names)
     return Problem(_shown(keys), rule, fix, mark.line, mark.file)
 
 

@@ -1,9 +1,12 @@
 """How one recipe is laid over another: mappings merge, lists replace, another ``name`` drops the base's options.
 
-The same rules hold for `extends`, for the mappings given by overrides, and for a ``name=`` given there.
+The same rules hold for `extends`, for the mappings given by overrides, and for a ``name=`` given there. A video's grid and
+its size in pixels put each other out of force.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from ..errors import Problem
 from .tree import Map, Mark, copy
@@ -13,9 +16,10 @@ Keys = tuple[str | int, ...]
 
 def merge(base: Map, over: Map, keys: Keys = ()) -> tuple[Map, list[Problem]]:
     """`over` laid over `base`, both unchanged; problems are nulls that delete nothing."""
-    if keys and replaces(base, over):
-        base = Map(base.mark)
-    result = copy(base)
+    result = copy(Map(base.mark) if keys and replaces(base, over) else base)
+    if keys == ("video",):
+        for key in rivals(over):
+            drop(result, key)
     result.mark = over.mark
     problems: list[Problem] = []
     for key, value in over.items():
@@ -54,12 +58,24 @@ def delete(node: Map, keys: Keys, mark: Mark) -> list[Problem]:
     """Take the last of `keys` out of its mapping; a problem when it is not there."""
     key = str(keys[-1])
     if key in node:
-        del node[key]
-        del node.marks[key]
+        drop(node, key)
         return []
     path = ".".join(str(one) for one in keys)
     fix = f"entries are {', '.join(node)}" if node else "remove the line"
     return [Problem(path, "null deletes an entry that the base has, and there is none", fix, mark.line, mark.file)]
+
+
+def rivals(video: Iterable[str]) -> set[str]:
+    """A video's size is given in pixels or as a grid: what the keys of a later one put out of force."""
+    if "grid" in video:
+        return {"width", "height", "frames"} - set(video)
+    return {"grid"} if {"width", "height", "frames"} & set(video) else set()
+
+
+def drop(node: Map, key: str) -> None:
+    """Take an entry out, if it is there."""
+    node.pop(key, None)
+    node.marks.pop(key, None)
 
 
 def named(name: str, mark: Mark) -> Map:

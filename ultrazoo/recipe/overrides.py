@@ -12,8 +12,8 @@ from typing import Any
 
 from ..errors import Problem, RecipeError
 from . import text
-from .merge import Keys, delete, deletes, merge, named
-from .tree import Map, Mark, Seq, copy
+from .merge import Keys, delete, deletes, drop, merge, named, rivals
+from .tree import Map, Mark, Seq, copy, split
 
 PLACE = "command line"
 
@@ -30,6 +30,13 @@ def apply(tree: Map, overrides: Sequence[str]) -> tuple[Map, list[Problem]]:
             given.append(keys)
         problems += found
     return tree, problems
+
+
+def put(tree: Map, path: str, value: Any) -> tuple[Map, list[Problem]]:
+    """The tree with a value in the place of the entry at a dotted path."""
+    keys, rest = split(tree, path)
+    tree = copy(tree)
+    return tree, _Setter(tree, []).set((*keys, *rest.split(".")) if rest else keys, value)
 
 
 def read(override: str) -> tuple[Keys, Any, list[Problem]]:
@@ -128,6 +135,9 @@ class _Setter:
                 return delete(node, keys, Mark(PLACE))
             if key == "name" and len(keys) > 1 and node.get("name") not in (None, value):
                 self.rename(node, keys[:-1])
+            if keys[:-1] == ("video",):
+                for rival in rivals([str(key)]) - {one[1] for one in self.given if len(one) > 1 and one[0] == "video"}:
+                    drop(node, str(rival))
             old = node.get(str(key))
             if isinstance(old, str) and isinstance(value, Map):
                 old = named(old, Mark(PLACE))
@@ -154,8 +164,7 @@ class _Setter:
         """Drop the options of the old name, except those that this command line gave."""
         kept = {one[len(keys)] for one in self.given if len(one) > len(keys) and one[: len(keys)] == keys}
         for key in [key for key in node if key not in kept]:
-            del node[key]
-            del node.marks[key]
+            drop(node, key)
 
     @staticmethod
     def shown(keys: Keys) -> str:

@@ -123,11 +123,12 @@ def leaves(node: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
     """Every value that is no container: its keys from the top, the value, its mark."""
     if isinstance(node, (Map, Seq)):
         items = node.items() if isinstance(node, Map) else enumerate(node)
+        marks: Any = node.marks
         for key, value in items:
             if isinstance(value, (Map, Seq)):
                 yield from leaves(value, (*keys, key))
             else:
-                yield (*keys, key), value, node.marks[key]
+                yield (*keys, key), value, marks[key]
 
 
 def split(node: Any, path: str) -> tuple[tuple[str | int, ...], str]:
