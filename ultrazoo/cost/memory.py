@@ -4,10 +4,10 @@ Units are bytes for batch 1. The formulas, with e the bytes of one element of th
 
 - weights: ``parameters * e``
 - inference: ``e * (stream + max_i max(peak_attention_i, peak_rest_i))``: layers run one after another.
-- training: ``e * (stream + sum_i saved_i + max_i peak_i)``: everything autograd keeps, and the gradients of the layer
-  that is being walked back, which are as large as its forward's working set.
-- training, every layer checkpointed: ``e * (stream + sum_i tokens_i * dim + max_i (saved_i + peak_i))``: one input per
-  layer is kept and one layer is recomputed at a time.
+- training: ``e * (stream + sum_i saved_i)``: everything autograd keeps. The gradients on their way back need less than
+  what has been freed behind them. Never below inference.
+- training, every layer checkpointed: ``e * (stream + sum_i tokens_i * dim + max_i saved_i)``: one input per layer is kept
+  and one layer is recomputed at a time. Never below inference.
 - training state: `STATE_BYTES` per parameter (weights, gradients, AdamW), every parameter trained.
 
 On a GPU, `RESERVED_GIB` goes to the CUDA context and library workspaces and `FRAGMENTATION` of the need to the
@@ -75,12 +75,12 @@ def activation_bytes(backbone: BackboneCost, sites: Sequence[Site], costs: Seque
     peaks = [max(rest, cost.peak_elements) for rest, cost in zip(backbone.layer_peak_elements, costs, strict=True)]
     saved = [rest + cost.saved_elements for rest, cost in zip(backbone.layer_saved_elements, costs, strict=True)]
     kept = sum((site.tokens + site.extra_tokens) * site.dim for site in sites)
-    size = ELEMENT_BYTES[dtype]
+    size, stream = ELEMENT_BYTES[dtype], backbone.stream_elements
+    infer = stream + max(peaks, default=0)
     return ByMode(
-        infer=size * (backbone.stream_elements + max(peaks, default=0)),
-        train=size * (backbone.stream_elements + sum(saved) + max(peaks, default=0)),
-        train_checkpointed=size
-        * (backbone.stream_elements + kept + max((s + p for s, p in zip(saved, peaks, strict=True)), default=0)),
+        infer=size * infer,
+        train=size * max(infer, stream + sum(saved)),
+        train_checkpointed=size * max(infer, stream + kept + max(saved, default=0)),
     )
 
 
