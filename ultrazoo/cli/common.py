@@ -12,8 +12,8 @@ from ..errors import UsageError
 
 GLOBALS = "--debug and --plugin FILE.py may stand anywhere on the line."
 
-_OVERRIDE = re.compile(r"^[^=/\\\s]+=")
-"""``dotted.path=value``. A file's path has a slash before the sign of equality, or exists."""
+_OVERRIDE = re.compile(r"^(?:[^=/\\\s]+|(?:attention|steps|search)\.[^=]+)=")
+"""``dotted.path=value``. A file's path has a slash before the sign of equality, or exists; layer keys may have one too."""
 
 
 def is_override(argument: str) -> bool:

@@ -183,4 +183,5 @@ def located(problems: Sequence[Problem], node: Any) -> list[Problem]:
         marked.append(
             problem if problem.file or problem.line else replace(problem, file=mark.file, line=mark.line),
         )
+    marked.sort(key=lambda problem: (problem.file or "", problem.line or 0))
     return list(dict.fromkeys(marked))
