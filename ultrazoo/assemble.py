@@ -20,12 +20,13 @@ from torch import nn
 from . import __version__, recipe
 from .errors import OutputError, UltrazooError, UsageError, WeightsError, listed
 from .weights import config
+from .weights.disk import write_bytes
 from .weights.match import Match, match
 from .weights.reader import Checkpoint, open_checkpoint
 from .weights.released import require_released
 from .weights.slots import Slot, Unfilled, Values, attention_paths, slots_of, stream
 from .weights.staging import refuse_existing, staged
-from .weights.writer import Progress, order, write_bytes, write_checkpoint
+from .weights.writer import Progress, order, write_checkpoint
 
 if TYPE_CHECKING:
     from .recipe import Plan, Recipe, Resolved
@@ -202,9 +203,8 @@ def _opened(plan: Plan, model: nn.Module) -> Iterator[tuple[Checkpoint | None, M
         yield None, None
         return
     with open_checkpoint(source.path) as checkpoint:
-        found = _match(plan, model, checkpoint, source.format)
-        require_released(plan.resolved.attention, found)
-        yield checkpoint, found
+        require_released(checkpoint, plan.resolved.attention, source.format)
+        yield checkpoint, _match(plan, model, checkpoint, source.format)
 
 
 def _match(plan: Plan, model: nn.Module, checkpoint: Checkpoint, layout: str, whole: bool = False) -> Match:

@@ -77,7 +77,7 @@ def test_a_value_depends_on_its_name_and_the_seed_alone():
     once, again, other = values(wan()), values(wan()), values(wan(), seed=1)
     assert all(torch.equal(once[name], again[name]) for name in once)
     random = [name for name in once if once[name].unique().numel() > 1]
-    assert len(random) > 40
+    assert len(random) > 20
     assert not any(torch.equal(once[name], other[name]) for name in random)
     # a change in one layer leaves every other parameter as it was
     changed = values(wan(OWN, FullSpec()))

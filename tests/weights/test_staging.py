@@ -16,9 +16,10 @@ import torch
 
 from ultrazoo.errors import OutputError
 from ultrazoo.weights import staging
+from ultrazoo.weights.disk import write_bytes
 from ultrazoo.weights.staging import clean_stale, staged
 from ultrazoo.weights.tensors import Entry
-from ultrazoo.weights.writer import write_bytes, write_checkpoint
+from ultrazoo.weights.writer import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

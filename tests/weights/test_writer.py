@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ultrazoo.errors import OutputError
-from ultrazoo.weights import writer
+from ultrazoo.weights import disk, writer
+from ultrazoo.weights.disk import write_bytes
 from ultrazoo.weights.tensors import Entry
-from ultrazoo.weights.writer import order, shards, write_bytes, write_checkpoint
+from ultrazoo.weights.writer import order, shards, write_checkpoint
 
 
 def entries_of(tensors):
@@ -124,7 +125,7 @@ def test_no_two_tensors_are_alive_at_once(tmp_path):
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: writer.shutil._ntuple_diskusage(1000, 900, 100))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: disk.shutil._ntuple_diskusage(1000, 900, 100))
     with pytest.raises(OutputError, match=r"100 B free, .* needed"):
         write(tmp_path, {"a": torch.zeros(1000)})
     assert list(tmp_path.iterdir()) == []

@@ -54,9 +54,9 @@ def _problems(spec: BranchedSpec) -> list[Problem]:
         branch = spec.branches.get(name)
         if branch is None:
             found.append(Problem(f"branches.{name}", "there is no such branch", "add it"))
-        elif (got := getattr(branch.adapt, "key_from", None)) != due:
+        elif (base := getattr(branch.adapt, "key_from", None)) != due:
             path = f"branches.{name}.adapt.key_from"
-            found.append(Problem(path, f"the weights belong to {due!r}, got {got!r}", f"use {due!r}"))
+            found.append(Problem(path, f"the weights belong to {due!r}, got {base!r}", f"use {due!r}"))
     return found
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import OutputError
-from .writer import disk_errors
+from .disk import disk_errors
 
 MARK = "ultrazoo"
 """Key of config.json by which a directory is known as one of ours."""
