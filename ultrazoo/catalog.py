@@ -146,7 +146,7 @@ def _minimal(cls: Any) -> dict[str, Any] | None:
         return _recipe(cls.name, attention=part)
     if cls.kind == "kernel":
         return _recipe(cls.name, attention={"name": "full", "kernel": cls.name})
-    attention = _branched(cls.kind, part)
+    attention = _branched(cls, part)
     return _recipe(cls.name, attention=attention) if attention else None
 
 
@@ -160,8 +160,9 @@ def _recipe(name: str, *, attention: Any = None, backbone: Any = None) -> dict[s
     }
 
 
-def _branched(kind: str, part: dict[str, Any]) -> dict[str, Any] | None:
-    """A two-branch attention in which `part` stands where parts of its kind do."""
+def _branched(cls: Any, part: dict[str, Any]) -> dict[str, Any] | None:
+    """A two-branch attention, ``local`` and ``overview``, in which `part` stands where parts of its kind do."""
+    kind = cls.kind
     local: dict[str, Any] = {"layout": {"name": "windows", "counts": [4, 4]}}
     overview: dict[str, Any] = {"compress": {"name": "avg_pool", "factor": 4}}
     whole: dict[str, Any] = {"name": "branched", "branches": {"local": local, "overview": overview}}
@@ -171,6 +172,9 @@ def _branched(kind: str, part: dict[str, Any]) -> dict[str, Any] | None:
         overview[kind] = part
     elif kind == "fuse":
         whole[kind] = part
+        if cls.wants_lse:
+            # one softmax over all keys is one softmax of the same queries
+            overview["compress"]["of"] = "keys"
     else:
         return None
     return whole

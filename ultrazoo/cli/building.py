@@ -71,7 +71,7 @@ def _meta(plan: Plan, json: bool) -> None:
     if json:
         out.emit(facts)
     else:
-        out.echo(f"{plan.name} builds: {count:,} parameters, nothing allocated, nothing written".replace(",", " "))
+        out.echo(f"{plan.name} builds: {units.count(count)} parameters, nothing allocated, nothing written")
 
 
 def _write(plan: Plan, directory: Path, force: bool, json: bool) -> None:

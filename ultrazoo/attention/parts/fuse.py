@@ -124,6 +124,7 @@ class TimeGateSpec(FuseSpec):
 
     name: ClassVar[str] = "time_gate"
     source: ClassVar[str] = "UltraGen, arXiv 2510.18775, section 4.3"
+    minimal: ClassVar[Mapping[str, Any]] = {"order": ["overview", "local"]}
     needs_timestep: ClassVar[bool] = True
 
     order: Tree = option(doc="nested pairs of branch names")
