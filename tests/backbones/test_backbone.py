@@ -11,6 +11,7 @@ import torch
 from tests.backbones.models import TINY_WAN, tiny_dit, tiny_wan, wan_inputs
 from ultrazoo.attention.contract import Attention
 from ultrazoo.attention.full import FullSpec
+from ultrazoo.attention.ultragen import UltraGenSpec
 from ultrazoo.backbones.wan import Wan, WanSpec
 from ultrazoo.errors import Problem, SiteError, UsageError
 from ultrazoo.grid import Grid
@@ -54,12 +55,12 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("attention", [FullSpec(), ScaledSpec()], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("attention", [FullSpec(), ScaledSpec(), UltraGenSpec(rank=4)], ids=lambda spec: spec.name)
 def test_checkpointing_with_two_forwards_before_the_backward(attention):
-    sizes = (3, 8, 12), (2, 6, 4)
+    sizes = (3, 16, 24), (2, 18, 26)
     found = []
     for checkpointing in (False, True):
-        model = tiny_wan(attention=[attention] * 3)
+        model = tiny_wan(grid=Grid(3, 8, 12), attention=[attention] * 3)
         if checkpointing:
             model.enable_gradient_checkpointing()
         total = 0
@@ -236,6 +237,17 @@ def test_state_belongs_to_layer_and_branch_and_ends_with_the_clip():
     assert calls("cond") == [1, 1, 1]
     model.reset_state()
     assert model._state == {}
+
+
+@pytest.mark.parametrize("timestep", ["frame", "token"])
+def test_gates_follow_the_timestep_of_their_frame_or_token(timestep):
+    model = tiny_wan(grid=Grid(3, 8, 12), attention=[UltraGenSpec(rank=4)] * 3)
+    latents, time, text = wan_inputs((3, 16, 24), timestep=timestep)
+    plain = time[:, :1].expand_as(time)
+    with torch.no_grad():
+        once = model(latents, time[:, 0], text)
+        assert_close("constant", model(latents, plain, text), once, 1e-5)
+        assert error_ratio(model(latents, time, text), once) > 1e-2
 
 
 def test_meta_build_holds_no_storage():
