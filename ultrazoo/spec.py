@@ -281,6 +281,17 @@ class BackboneCost:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """A network that runs beside the transformer to make a clip: its role, name, parameters, FLOPs per clip, source."""
+
+    role: str
+    name: str
+    parameters: int
+    flops: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Video:
     """The size of what is made: pixels and frames, or the token grid itself."""
 
@@ -317,3 +328,8 @@ class BackboneSpec(Spec):
 
     def cost(self, grid: Grid) -> BackboneCost:
         raise TypeError(f"{type(self).__name__} does not say what it costs")
+
+    def companions(self, grid: Grid, prompts: int = 1) -> tuple[Companion, ...]:
+        """Text encoder and VAE decoder of this model for one clip, where they are known; `prompts` counts the negative
+        prompt of guidance."""
+        return ()

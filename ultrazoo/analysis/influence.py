@@ -65,7 +65,7 @@ class Views:
 
 def default_query(grid: Grid) -> tuple[int, int, int]:
     """A token near the middle, but off the axes of symmetry, where window borders tend to lie."""
-    return (grid.t // 2, grid.h * 5 // 12, grid.w * 5 // 12)
+    return (grid.t // 2, grid.h * 9 // 20, grid.w * 9 // 20)
 
 
 def parse_query(text: str, grid: Grid) -> tuple[int, int, int]:

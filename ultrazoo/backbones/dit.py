@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.contract import Call
+from ..cost import companions
 from ..errors import Problem, SiteError, UsageError
 from ..grid import Grid
 from ..ops.embed import sinusoid
 from ..ops.init import Constant, Normal, Xavier, marked
-from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Options, Site, Video, option
+from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Companion, Options, Site, Video, option
 from .contract import Backbone, Steps
 from .geometry import Geometry
 from .host import ProjectedHost
@@ -124,6 +125,12 @@ class DitSpec(BackboneSpec):
             # inputs and results of two norms (4), what attention and feed-forward return (2) and the latter's input
             layer_saved_elements=(7 * N * C + 2 * N * hidden,) * self.layers,
         )
+
+    def companions(self, grid: Grid, prompts: int = 1) -> tuple[Companion, ...]:
+        """The released models' VAE, where the latents are its own; classes need no text encoder."""
+        if self.latent.strides != (1, 8, 8) or self.latent.channels != 4:
+            return ()
+        return (companions.sd_vae(Grid(grid.t, grid.h * self.patch, grid.w * self.patch)),)
 
 
 class DitBlock(nn.Module):

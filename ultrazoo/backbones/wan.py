@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.contract import Call
+from ..cost import companions
 from ..errors import Problem, SiteError, UsageError
 from ..grid import Grid
 from ..kernels import attend
 from ..ops.embed import sinusoid
 from ..ops.init import Constant, Normal, Value, Xavier
-from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Rope, Site, Video, option
+from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Companion, Rope, Site, Video, option
 from .contract import Steps
 from .facade import Config, PipelineBackbone, Sample, refuse_attention_kwargs
 from .geometry import Geometry
@@ -149,6 +150,14 @@ class WanSpec(BackboneSpec):
             layer_peak_elements=(peak,) * self.layers,
             layer_saved_elements=(saved,) * self.layers,
         )
+
+    def companions(self, grid: Grid, prompts: int = 1) -> tuple[Companion, ...]:
+        """The released models' text encoder, and the VAE whose strides and channels these are."""
+        latent = Grid(grid.t * self.patch[0], grid.h * self.patch[1], grid.w * self.patch[2])
+        vaes = {((4, 8, 8), 16): companions.wan21_vae, ((4, 16, 16), 48): companions.wan22_vae}
+        vae = vaes.get((self.strides, self.channels))
+        text = (companions.umt5_xxl(self.text_tokens, prompts),) if self.text_dim == 4096 else ()
+        return text + ((vae(latent),) if vae is not None else ())
 
 
 class WanCrossAttention(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..grid import Grid
-from ..spec import AttentionSpec, BackboneCost, BackboneSpec, BranchCost, Cost, Site
+from ..spec import AttentionSpec, BackboneCost, BackboneSpec, BranchCost, Companion, Cost, Site
 from .memory import ELEMENT_BYTES, ByMode, Fit, activation_bytes, fits, memory_bytes
 from .seconds import Seconds, Work, predict, work
 
@@ -136,7 +136,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Priced:
-    """Everything the cost model says about one model at one grid. `memory` is weights or training state + activations."""
+    """Everything the cost model says about one model at one grid. `memory` is weights or training state + activations.
+
+    `companions` run beside the transformer, counted for one clip and in nothing else here.
+    """
 
     layers: tuple[LayerPlan, ...]
     totals: Totals
@@ -145,6 +148,7 @@ class Priced:
     fits: tuple[Fit, ...]
     seconds: tuple[Seconds, ...]
     dtype: str
+    companions: tuple[Companion, ...] = ()
 
 
 def full_flops(site: Site) -> int:
@@ -191,7 +195,8 @@ def price(
     clip, clip_work = _clip(rest, costs, steps, alternatives, sampling, parameters, dtype)
     memory = memory_bytes(parameters, activations, dtype)
     seconds = predict(forward, clip_work if sampling else None, dtype)
-    return Priced(layers, totals, clip, memory, fits(memory), seconds, dtype)
+    beside = backbone.companions(grid, 2 if sampling and guided(sampling.guidance) else 1)
+    return Priced(layers, totals, clip, memory, fits(memory), seconds, dtype, beside)
 
 
 def _layers(

@@ -36,7 +36,7 @@ def card(plan: Plan) -> str:
         "| | |",
         "|---|---|",
         f"| Backbone | {_line(backbone_text(plan))} |",
-        f"| Size | {_line(f'{size}, ' if size else '')}grid {grid_text(plan)}, {units.count(plan.grid.tokens)} tokens |",
+        f"| Size | {f'{_line(size)}, ' if size else ''}grid {grid_text(plan)}, {units.count(plan.grid.tokens)} tokens |",
         f"| Parameters | {units.count(totals.parameters)}, of them new {units.count(totals.extra_parameters)} |",
         f"| Weights | {units.gib(totals.weight_bytes)} in {resolved.dtype} |",
         f"| One forward | {units.flops(totals.flops)}, of it attention {units.flops(totals.attention_flops)} |",

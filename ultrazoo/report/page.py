@@ -47,9 +47,10 @@ def grid_text(plan: Plan) -> str:
 
 
 def backbone_text(plan: Plan) -> str:
-    """``wan/t2v_1_3b``, or the name alone where no preset is chosen."""
+    """``wan/t2v_1_3b`` where the backbone is one of its presets, else the name alone."""
     backbone = plan.resolved.backbone
-    preset = getattr(backbone, "preset", None)
+    made = {name: type(backbone)(**options) for name, options in backbone.presets.items()}
+    preset = next((name for name, one in made.items() if one == backbone), None)
     return f"{backbone.name}/{preset}" if preset else backbone.name
 
 
@@ -124,7 +125,17 @@ def _totals(plan: Plan) -> str:
         ("parameters", units.count(totals.parameters)),
         ("new parameters", units.count(totals.extra_parameters)),
     ]
-    return "<h2>Totals</h2>" + _table(("", ""), rows, numbers={1}, bare=True)
+    return "<h2>Totals</h2>" + _table(("", ""), rows, numbers={1}, bare=True) + _companions(plan)
+
+
+def _companions(plan: Plan) -> str:
+    found = plan.priced.companions
+    if not found:
+        return ""
+    rows = [(one.role, one.name, units.params(one.parameters), units.flops(one.flops), one.source) for one in found]
+    return "<p>Beside it, for one clip and in no other figure of this page:</p>" + _table(
+        ("", "", "parameters", "FLOPs", "source"), rows, numbers={2, 3}
+    )
 
 
 def _sampling_text(sampling: object) -> str:
