@@ -28,10 +28,14 @@ def interpolate(tree: Map) -> list[Problem]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        config = OmegaConf.create(plain(tree))
-    except (OmegaConfBaseException, RecursionError) as error:
-        return [Problem("", _cause(error))]
+    for keys, value, mark in found:
+        try:
+            OmegaConf.create({"value": value})
+        except (OmegaConfBaseException, RecursionError) as error:
+            problems.append(_problem(keys, value, mark, error, tree))
+    if problems:
+        return problems
+    config = OmegaConf.create(plain(tree))
     results: list[tuple[tuple[Any, ...], Any, Mark]] = []
     total = 0
     for keys, text, mark in found:
