@@ -177,6 +177,7 @@ def test_wrong_number_of_attentions():
 def test_dimensions_that_do_not_divide_are_problems():
     assert [p.path for p in WanSpec(dim=100, heads=3, time_dim=7).problems()] == ["heads", "time_dim"]
     assert [p.path for p in WanSpec(dim=30, heads=2).problems()] == ["heads"]
+    assert [p.fix for p in WanSpec(patch=(2, 4, 2)).problems()] == ["use [1, 4, 2]"]
     with pytest.raises(SiteError, match="3 heads do not divide dim 100"):
         tiny_wan(dim=100, heads=3)
 

@@ -91,6 +91,9 @@ class WanSpec(BackboneSpec):
         elif self.head_dim % 2 or self.head_dim < 6:
             rule = f"dim / heads = {self.head_dim}, the rotary embedding over three axes needs an even number ≥ 6"
             found.append(Problem("heads", rule, "change heads or dim"))
+        if self.patch[0] != 1:
+            rule = f"{self.patch[0]} latent frames per token: the causal VAE's first frame is a latent frame of its own"
+            found.append(Problem("patch", rule, f"use [1, {self.patch[1]}, {self.patch[2]}]"))
         if self.time_dim % 2:
             found.append(Problem("time_dim", f"{self.time_dim} is odd", f"use {self.time_dim + 1}"))
         return found
