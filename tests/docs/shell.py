@@ -67,7 +67,7 @@ def inline(file: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text)
 
 
-def runnable(block: Block) -> str:
-    """The block's script without the lines that only set things up."""
-    lines = [line for line in block.text.splitlines() if not line.split()[:1] or line.split()[0] not in NOT_RUN]
-    return "\n".join(lines)
+def runnable(block: Block) -> list[str]:
+    """The lines of a shell block that do something, without those that only set things up."""
+    lines = [line.strip() for line in block.text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#") and line.split()[0] not in NOT_RUN]
