@@ -14,8 +14,8 @@ h1 { margin: 0; font-size: 1.9rem; }
 h2 { margin: 2.4rem 0 .6rem; font-size: 1.25rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
 p, figcaption { max-width: 52rem; }
 .lead { margin: .3rem 0 0; color: var(--soft); font-size: 1.05rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .7rem; margin: 1.4rem 0; }
-.fact { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1.4rem 0; }
+.fact { flex: 1 1 11rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .fact b { display: block; font-size: 1.35rem; color: var(--accent); font-variant-numeric: tabular-nums; }
 .fact span { color: var(--soft); font-size: .87rem; }
 .wide { overflow-x: auto; }
