@@ -101,6 +101,10 @@ def _totals(plan: Plan) -> str:
         ["parameters", f"{count(totals.parameters)}, of them {count(totals.extra_parameters)} beside the backbone's"],
         ["weights", gib(totals.weight_bytes)],
         ["activations", f"inference {gib(memory.infer)}, {training}"],
+        *(
+            [f"+ {one.role}", f"{one.name}, a clip {flops(one.flops)}; in no other figure"]
+            for one in plan.priced.companions
+        ),
     ]
     return style("One forward at batch 1, and a clip", "bold") + "\n" + table(rows, indent="  ")
 
