@@ -61,7 +61,7 @@ format: $(DEV) ## apply ruff's fixes and its formatter
 
 .PHONY: docs
 docs: $(DEV) ## build the documentation strictly into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .PHONY: install
 install: $(DEV) ## only set up .venv
