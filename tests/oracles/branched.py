@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,11 @@ def raw_projection(
     return case.host.raw(x, base) + affine(weights, f"adapt.{which}.lora_B", low)
 
 
+def real_tokens(case: Case) -> Tensor:
+    """The input with zeros where a token is not real: nothing of it may leak through cells, lifts or gates."""
+    return case.x if case.key_valid is None else case.x * case.key_valid[..., None]
+
+
 def flat(z: Tensor) -> Tensor:
     """(B, T, H, W, C) → (B, N, C)."""
     return z.reshape(z.shape[0], -1, z.shape[-1])
@@ -43,7 +49,7 @@ class Branch:
         self.layout, self.shift, self.coords = options["layout"], options["shift"], options["coords"]
         layer = case.site.layer
 
-        full_map = case.x.reshape(case.x.shape[0], *case.grid, -1)
+        full_map = real_tokens(case).reshape(case.x.shape[0], *case.grid, -1)
         key_map = full_map
         if self.compress is not None:
             conv = {k.removeprefix("compress."): v for k, v in self.weights.items() if k.startswith("compress.")}
@@ -76,20 +82,31 @@ class Branch:
     def positions(self, labels: list[list[int]], of_queries: bool) -> Tensor:
         return windows.token_positions(labels, self.factor(of_queries), self.coords["origin"], self.coords["cell"])
 
-    def lengths(self, labels: list[list[int]], of_queries: bool) -> list[float]:
-        """Present length of each axis for a rope rule: the longest run of coordinates a query can meet."""
-        step = self.factor(of_queries) if self.coords["cell"] == "centre" else (1, 1, 1)
+    def lengths(self) -> list[float]:
+        """How many positions a window spans on each axis, of queries or keys, whichever are more.
+
+        With the grid's origin the window is the whole axis; members n apart, each a cell of f, span n*f per member.
+        """
         out = []
-        for axis, row in enumerate(labels):
-            size = max(row.count(label) for label in row) if self.coords["origin"] == "window" else len(row)
-            out.append(float(size * step[axis]))
+        for axis in range(3):
+            spans = []
+            for labels, of_queries in ((self.query_labels, True), (self.key_labels, False)):
+                row = labels[axis]
+                step = self.factor(of_queries)[axis] if self.coords["cell"] == "centre" else 1
+                if self.coords["origin"] == "grid":
+                    spans.append(len(row) * step)
+                    continue
+                members = max(([i for i, one in enumerate(row) if one == label] for label in set(row)), key=len)
+                spacing = members[1] - members[0] if len(members) > 1 else 1
+                spans.append(len(members) * spacing * step)
+            out.append(float(max(spans)))
         return out
 
     def project(self, xq: Tensor, xk: Tensor) -> None:
         case, adapt = self.case, self.options["adapt"]
         rule = self.coords["rule"] or "none"
         at_q, at_k = self.positions(self.query_labels, True), self.positions(self.key_labels, False)
-        lengths = self.lengths(self.query_labels, True)
+        lengths = self.lengths()
         q = case.host.split(raw_projection(case, "q", xq, adapt, self.weights), "q", at_q, rule=rule, lengths=lengths)
         k = case.host.split(raw_projection(case, "k", xk, adapt, self.weights), "k", at_k, rule=rule, lengths=lengths)
         v = case.host.split(raw_projection(case, "v", xk, adapt, self.weights), "v")
@@ -99,9 +116,22 @@ class Branch:
         """(B, heads, query tokens, key tokens), minus infinity outside the group."""
         allowed = windows.same_group(self.query_labels, self.key_labels)[None, None]
         if self.case.key_valid is not None:
-            assert self.compress is None, "invalid grid tokens have no meaning inside cells"
-            allowed = allowed & self.case.key_valid[:, None, None, :]
+            allowed = allowed & self.valid_keys(self.case.key_valid)[:, None, None, :]
         return scores(self.q, self.k, allowed)
+
+    def valid_keys(self, valid: Tensor) -> Tensor:
+        """A cell is a key when a token in it is real: any of them, or the first where only that one is taken."""
+        if self.compress is None:
+            return valid
+        grid, factor = self.case.grid, cells.factors(self.compress["factor"])
+        on_map = valid.reshape(valid.shape[0], *grid)
+        columns = []
+        for place in itertools.product(*(range(n) for n in self.key_grid)):
+            members = [cells.cell(place[a], factor[a], grid[a]) for a in range(3)]
+            if self.compress["name"] == "stride":
+                members = [m[:1] for m in members]
+            columns.append(torch.stack([on_map[:, t, h, w] for t, h, w in itertools.product(*members)]).any(0))
+        return torch.stack(columns, dim=1)
 
     def restore(self, y: Tensor) -> Tensor:
         """(B, query tokens, heads*D) → (B, N, heads*D)."""
@@ -133,7 +163,7 @@ def fused(case: Case, fuse: Mapping[str, Any], outputs: Mapping[str, Tensor]) ->
     if fuse["name"] == "weights":
         return gates.weighted(outputs, fuse, weights)
     if fuse["name"] == "token_gate":
-        return gates.token_gate(outputs, fuse, weights, case.x, head_dim)
+        return gates.token_gate(outputs, fuse, weights, real_tokens(case), head_dim)
     assert fuse["name"] == "time_gate"
     assert case.timestep is not None
     return gates.time_gate(outputs, fuse, weights, case.timestep, case.grid, head_dim)

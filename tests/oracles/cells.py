@@ -102,9 +102,10 @@ def lift(z: Tensor, grid: Sequence[int], options: Mapping[str, Any], weights: Ma
         ratios = [1 / k for k in f]
     else:
         ratios = [s / t for s, t in zip(sizes, grid, strict=True)]
-    make = nearest_weights if options["lift"] == "nearest" else linear_weights
+    kind = options["lift"] or ("bilinear_conv3d" if options["name"] == "depthwise_conv" else "bilinear")
+    make = nearest_weights if kind == "nearest" else linear_weights
     up = along(z, [make(sizes[a], grid[a], ratios[a]) for a in range(3)])
-    if options["lift"] == "bilinear_conv3d":
+    if kind == "bilinear_conv3d":
         up = convolve(up, weights["conv.weight"], weights["conv.bias"])
     return up
 

@@ -48,7 +48,8 @@ def block(case: Case, released: bool, count: int = 4, coarse_factor: int = 4) ->
     """
     odd = case.site.layer % 2
     near_count = 1 if count == 2 else count // 2 + odd
-    video = case.x.transpose(1, 2).reshape(case.x.shape[0], -1, *case.grid)
+    valid = case.x.new_ones(case.x.shape[:2]) if case.key_valid is None else case.key_valid.to(case.x)
+    video = (case.x * valid[..., None]).transpose(1, 2).reshape(case.x.shape[0], -1, *case.grid)
     local = windowed(case, video, "local", count + odd, released)
     local = back(local, case.grid)
     regional = down(case, video, "regional", 2, released)
@@ -126,6 +127,7 @@ def windowed(case: Case, video: Tensor, name: str, count: int, released: bool) -
         size = (nearest_multiple(height, count), nearest_multiple(width, count))
         video = back(video, (t, *size))
         height, width = size
+    valid = valid_cells(case, (t, height, width))
     rows, columns = spans(height, count), spans(width, count)
     inner = case.site.inner
     out = video.new_zeros(batch, inner, t, height, width)
@@ -140,15 +142,26 @@ def windowed(case: Case, video: Tensor, name: str, count: int, released: bool) -
             q = case.host.split(project(case, "q", x, name, released), "q", place)
             k = case.host.split(project(case, "k", x, name, released), "k", place)
             v = case.host.split(project(case, "v", x, name, released), "v")
-            real = None
+            real = valid[..., top:bottom, left:right].reshape(batch, 1, 1, -1)
             if case.extra is not None:
-                extra_real = real_keys(case)[..., case.x.shape[1] :]
-                real = torch.cat([extra_real.new_ones(batch, 1, 1, k.shape[1]), extra_real], -1)
+                real = torch.cat([real, real_keys(case)[..., case.x.shape[1] :]], -1)
                 k, v = torch.cat([k, case.extra.k], 1), torch.cat([v, case.extra.v], 1)
             y = attend(scores(q, k, real), v)
             patch = y.transpose(1, 2).reshape(batch, inner, t, bottom - top, right - left)
             out = paste(out, patch, top, left)
     return out
+
+
+def valid_cells(case: Case, grid: tuple[int, int, int]) -> Tensor:
+    """Bool (B, 1, t, h, w): whether any token of a cell is real; all of them when nobody said otherwise."""
+    batch = case.x.shape[0]
+    if case.key_valid is None:
+        return torch.ones(batch, 1, *grid, dtype=torch.bool)
+    full = case.key_valid.reshape(batch, *case.grid).double()
+    k = -(-case.grid[2] // grid[2])
+    pooled = F.max_pool2d(full, k, ceil_mode=True)
+    assert pooled.shape[1:] == grid, "invalid tokens and resized maps do not go together"
+    return pooled[:, None] > 0
 
 
 def paste(out: Tensor, patch: Tensor, top: int, left: int) -> Tensor:

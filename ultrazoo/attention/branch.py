@@ -125,14 +125,15 @@ class Branch(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q (B, n, heads, D) and k, v (B, m, heads, D)."""
         spec = self.spec
-        at = self._positions(keys, place, compressed=self.compress is not None, of_keys=True)
+        extent = None if spec.coords.rule == "none" else self._extent(queries, keys, place)
+        at = self._positions(keys, place, extent, compressed=self.compress is not None, of_keys=True)
         if queries is z and keys is z and isinstance(spec.adapt, SharedSpec):
             in_grid = spec.coords.origin == "grid" and spec.coords.rule == "none"
             return shared.heads("grid" if in_grid else id(self), at)
         raw = self._raw(queries, keys, z, host, shared)
         if queries is keys:
             return _three(host.heads(*raw, at))
-        return _three(host.heads(*raw, self._positions(queries, place, compressed=False, of_keys=False), at))
+        return _three(host.heads(*raw, self._positions(queries, place, extent, compressed=False, of_keys=False), at))
 
     def _raw(
         self, queries: Tensor, keys: Tensor, z: Tensor, host: Host, shared: Shared
@@ -155,7 +156,28 @@ class Branch(nn.Module):
             base = (shared.query(), k, v)
         return adapted(self.adapt, base, from_x, flat)
 
-    def _positions(self, tokens: Tensor, place: Geometry | None, compressed: bool, of_keys: bool) -> Positions:
+    def _extent(self, queries: Tensor, keys: Tensor, place: Geometry | None) -> tuple[int, int, int]:
+        """Per axis, how many positions a window spans: of queries or keys, whichever are more. The same for both."""
+        coords = self.spec.coords
+        cell = (1, 1, 1) if self.spec.compress is None or coords.cell == "index" else self.spec.compress.cell
+        q_cell = (1, 1, 1) if queries is not keys else cell
+        out = []
+        for axis in range(3):
+            q, k = queries.shape[1 + axis], keys.shape[1 + axis]
+            if coords.origin == "window":
+                assert place is not None
+                q, k = place.q_cuts[axis].reach, place.k_cuts[axis].reach
+            out.append(torch.sym_max(q * q_cell[axis], k * cell[axis]))
+        return (out[0], out[1], out[2])
+
+    def _positions(
+        self,
+        tokens: Tensor,
+        place: Geometry | None,
+        extent: tuple[int, int, int] | None,
+        compressed: bool,
+        of_keys: bool,
+    ) -> Positions:
         """Coordinates of `tokens` (B, t, h, w, C) under the branch's rules."""
         coords, size = self.spec.coords, tokens.shape[1:4]
         cell = self.spec.compress.cell if compressed and self.spec.compress is not None else (1, 1, 1)
@@ -167,10 +189,6 @@ class Branch(nn.Module):
             cut: AxisCut = (place.k_cuts if of_keys else place.q_cuts)[axis]
             values = axis_positions(cut, cell[axis], coords.origin, coords.cell)
             axes.append(torch.tensor(values, dtype=torch.float32, device=tokens.device))
-        extent = None
-        if coords.rule != "none":
-            reach = [int(axis[-1 if coords.origin == "grid" else axis.argmax()].ceil()) + 1 for axis in axes]
-            extent = (reach[0], reach[1], reach[2])
         return Positions(axes[0], axes[1], axes[2], coords.rule, extent)
 
     def _traced_axis(self, rule: AxisRule, length: int, factor: int, device: torch.device) -> Tensor:

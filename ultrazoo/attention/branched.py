@@ -227,14 +227,20 @@ class BranchedSpec(AttentionSpec):
             branch.layout.ragged == "resize" or (branch.compress is not None and branch.compress.ragged == "resize")
             for branch in self.branches.values()
         )
+        stretched = any(
+            branch.coords.rule != "none" and branch.coords.origin == "window" for branch in self.branches.values()
+        )
+        notes = "ragged: resize chooses sizes by arithmetic on plain ints" if resizes else ""
+        if stretched and not resizes:
+            notes = "a rope rule with window origin depends on the longest window, which is a plain int"
         return Traits(
             start=start,
             needs=frozenset(needs),
             exact_at_init=exact,
-            export=() if resizes else ("pt2",),
+            export=() if resizes or stretched else ("pt2",),
             key_valid=not resizes,
             min_grid=(smallest[0], smallest[1], smallest[2]),
-            notes="ragged: resize chooses sizes by arithmetic on plain ints" if resizes else "",
+            notes=notes,
         )
 
     def _exact(self) -> bool:

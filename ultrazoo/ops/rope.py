@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,44 +35,74 @@ class AxisPositions(Protocol):
     def extent(self) -> Sequence[int] | None: ...
 
 
+def stretch(length: int, trained: int, device: torch.device) -> Tensor:
+    """How many times longer than trained an axis is, at least 1: fp64 scalar. `length` may be symbolic."""
+    return (torch.scalar_tensor(length, dtype=torch.float64, device=device) / trained).clamp(min=1.0)
+
+
 def frequencies(
-    channels: int, base: float, device: torch.device, rule: str = "none", trained: int = 0, length: int = 0
+    channels: int, base: float, device: torch.device, rule: str = "none", ratio: Tensor | None = None
 ) -> Tensor:
     """Angles per unit of position, fp64 (channels // 2,).
 
-    `rule` stretches an axis of `length` positions that was trained at `trained`: ``interpolate`` divides every frequency
-    by the ratio s, ``ntk`` scales the base by ``s**(c / (c-2))``, ``yarn`` interpolates only the frequencies that turn
-    less than once over the trained length, with a ramp up to 32 turns (arXiv 2309.00071, section 3.2).
+    `rule` stretches an axis that is `ratio` times longer than trained: ``interpolate`` divides every frequency by the
+    ratio s, ``ntk`` scales the base by ``s**(c / (c-2))`` (a single frequency is divided).
     """
     exponent = torch.arange(0, channels, 2, device=device, dtype=torch.float64) / channels
-    if rule == "none" or length <= trained:
-        return base**-exponent
-    ratio = length / trained
-    if rule == "interpolate":
-        return base**-exponent / ratio
-    if rule == "ntk":
-        return (base * ratio ** (channels / (channels - 2))) ** -exponent if channels > 2 else base**-exponent / ratio
-    if rule != "yarn":
-        raise ValueError(f"unknown rope rule {rule!r}")
     plain = base**-exponent
-    turns = trained * plain / (2 * math.pi)
-    keep = ((turns - 1) / 31).clamp(0, 1)
+    if rule == "none" or ratio is None:
+        return plain
+    if rule == "interpolate" or (rule == "ntk" and channels == 2):
+        return plain / ratio
+    if rule == "ntk":
+        return plain * ratio ** (-exponent * channels / (channels - 2))
+    raise ValueError(f"unknown rope rule {rule!r}")
+
+
+def yarn_frequencies(channels: int, base: float, trained: int, ratio: Tensor) -> Tensor:
+    """Frequencies that turn less than once over the trained length are divided by `ratio`, those above 32 turns kept,
+    with a ramp between (arXiv 2309.00071, section 3.2): fp64 (channels // 2,)."""
+    plain = frequencies(channels, base, ratio.device)
+    keep = ((trained * plain / (2 * math.pi) - 1) / 31).clamp(0, 1)
     return plain * keep + plain / ratio * (1 - keep)
 
 
-def axis_angles(positions: Tensor, channels: int, base: float, **stretch: Any) -> Tensor:
+class AxisTable(NamedTuple):
+    """Angles of one axis, fp64 (n, channels // 2), and the factor on their cosines and sines; None is 1."""
+
+    angles: Tensor
+    magnitude: Tensor | None = None
+
+
+def axis_table(
+    positions: Tensor, channels: int, base: float, rule: str = "none", trained: int = 0, length: int = 0
+) -> AxisTable:
+    """One axis of `length` positions that was trained at `trained`: (n,) positions → its table.
+
+    ``yarn`` also multiplies cosines and sines by ``0.1 ln s + 1`` (section 3.4).
+    """
+    at, device = positions.to(torch.float64)[:, None], positions.device
+    if rule == "none":
+        return AxisTable(at * frequencies(channels, base, device))
+    ratio = stretch(length, trained, device)
+    if rule == "yarn":
+        return AxisTable(at * yarn_frequencies(channels, base, trained, ratio), 0.1 * ratio.log() + 1)
+    return AxisTable(at * frequencies(channels, base, device, rule, ratio))
+
+
+def axis_angles(positions: Tensor, channels: int, base: float, **rule: Any) -> Tensor:
     """Angles of one axis: (n,) positions → fp64 (n, channels // 2)."""
-    return positions.to(torch.float64)[:, None] * frequencies(channels, base, positions.device, **stretch)
+    return axis_table(positions, channels, base, **rule).angles
 
 
-def tables(positions: AxisPositions, rope: Rope) -> list[Tensor]:
-    """Angles of the three axes: fp64 (T, a/2), (H, b/2), (W, c/2)."""
+def tables(positions: AxisPositions, rope: Rope) -> list[AxisTable]:
+    """Tables of the three axes: (T, a/2), (H, b/2), (W, c/2)."""
     found = []
     for axis, (at, channels) in enumerate(zip((positions.t, positions.h, positions.w), rope.axes, strict=True)):
-        stretch: dict[str, Any] = {}
+        rule: dict[str, Any] = {}
         if positions.rule != "none" and positions.extent is not None and rope.trained is not None:
-            stretch = {"rule": positions.rule, "trained": rope.trained[axis], "length": positions.extent[axis]}
-        found.append(axis_angles(at, channels, rope.base, **stretch))
+            rule = {"rule": positions.rule, "trained": rope.trained[axis], "length": positions.extent[axis]}
+        found.append(axis_table(at, channels, rope.base, **rule))
     return found
 
 
@@ -81,10 +111,11 @@ def rotate(z: Tensor, positions: AxisPositions, rope: Rope) -> Tensor:
 
     fp32 inside for fp16 and bf16 inputs; differentiable.
     """
-    angles = tables(positions, rope)
+    axes = tables(positions, rope)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _rotate_traced(z, angles, rope)
-    return _Rotate.apply(z, rope, *angles)  # type: ignore[no-any-return, no-untyped-call]
+        return _rotate_traced(z, axes, rope)
+    magnitudes = tuple(axis.magnitude for axis in axes)
+    return _Rotate.apply(z, rope, magnitudes, *(axis.angles for axis in axes))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _combined(parts: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
@@ -100,11 +131,14 @@ def _combined(parts: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
     )
 
 
-def _rotate_traced(z: Tensor, angles: list[Tensor], rope: Rope) -> Tensor:
-    grid = [a.shape[0] for a in angles]
+def _rotate_traced(z: Tensor, axes: list[AxisTable], rope: Rope) -> Tensor:
+    grid = [axis.angles.shape[0] for axis in axes]
     wide = z.dtype if z.dtype == torch.float64 else torch.float32
-    turn = _combined([a.to(wide) for a in angles], grid).flatten(0, 2)[:, None]
+    turn = _combined([axis.angles.to(wide) for axis in axes], grid).flatten(0, 2)[:, None]
     cos, sin = turn.cos(), turn.sin()
+    if any(axis.magnitude is not None for axis in axes):
+        scale = torch.cat([_magnitude(axis.magnitude, axis.angles[0]) for axis in axes]).to(wide)
+        cos, sin = cos * scale, sin * scale
     used = sum(rope.axes)
     rotated = z[..., :used].to(wide)
     if rope.pairing == "interleaved":
@@ -117,25 +151,31 @@ def _rotate_traced(z: Tensor, angles: list[Tensor], rope: Rope) -> Tensor:
     return rotated if used == z.shape[-1] else torch.cat([rotated, z[..., used:]], dim=-1)
 
 
+def _magnitude(factor: Tensor | None, like: Tensor) -> Tensor:
+    """One factor per element of `like`."""
+    return torch.ones_like(like) if factor is None else torch.ones_like(like) * factor
+
+
 class _Rotate(torch.autograd.Function):
-    """Rotation whose backward is the rotation by the opposite angles: nothing but the tables is kept."""
+    """Rotation whose backward is the rotation by the opposite angles, equally scaled: only the tables are kept."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, rope: Rope, *angles: Tensor) -> Tensor:
-        ctx.rope = rope
+    def forward(ctx: Any, z: Tensor, rope: Rope, magnitudes: tuple[Tensor | None, ...], *angles: Tensor) -> Tensor:
+        ctx.rope, ctx.magnitudes = rope, magnitudes
         ctx.save_for_backward(*angles)
-        return _rotate_chunks(z, list(angles), rope)
+        return _rotate_chunks(z, [AxisTable(a, m) for a, m in zip(angles, magnitudes, strict=True)], rope)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         opposite = [-a for a in ctx.saved_tensors]
-        return _Rotate.apply(grads[0], ctx.rope, *opposite), None, None, None, None  # type: ignore[no-untyped-call]
+        turned = _Rotate.apply(grads[0], ctx.rope, ctx.magnitudes, *opposite)  # type: ignore[no-untyped-call]
+        return turned, None, None, None, None, None
 
 
-def _rotate_chunks(z: Tensor, angles: list[Tensor], rope: Rope) -> Tensor:
-    grid = tuple(a.shape[0] for a in angles)
+def _rotate_chunks(z: Tensor, axes: list[AxisTable], rope: Rope) -> Tensor:
+    grid = tuple(axis.angles.shape[0] for axis in axes)
     wide = torch.complex128 if z.dtype == torch.float64 else torch.complex64
-    units = [torch.polar(torch.ones_like(a), a).to(wide) for a in angles]
+    units = [torch.polar(_magnitude(axis.magnitude, axis.angles), axis.angles).to(wide) for axis in axes]
     out = torch.empty_like(z, memory_format=torch.contiguous_format)
     source, target = (v.unflatten(1, grid) for v in (z, out))
     used = sum(rope.axes)

@@ -43,6 +43,11 @@ class AxisCut:
         return max(size for _, size in self.runs)
 
     @property
+    def reach(self) -> int:
+        """How many places the longest window spans."""
+        return self.longest * (self.stride if self.longest > 1 else 1)
+
+    @property
     def whole(self) -> bool:
         return self.windows == 1
 
@@ -107,13 +112,13 @@ def whole(length: int) -> AxisCut:
 
 def balanced(length: int, count: int) -> AxisCut:
     """`count` windows as equal as can be, longer ones first."""
-    size, longer = divmod(length, count)
+    size, longer = length // count, length % count
     return AxisCut(merged([size + 1] * longer + [size] * (count - longer)))
 
 
 def exact(length: int, size: int) -> AxisCut:
     """Windows of `size` tokens and a shorter last one."""
-    full, rest = divmod(length, size)
+    full, rest = length // size, length % size
     return AxisCut(merged([size] * full + [rest]))
 
 
@@ -121,7 +126,7 @@ def strided(length: int, count: int) -> AxisCut:
     """`count` interleaved windows: the residue classes modulo `count`."""
     if count == 1:
         return whole(length)
-    size, longer = divmod(length, count)
+    size, longer = length // count, length % count
     return AxisCut(merged([size + 1] * longer + [size] * (count - longer)), stride=count).canonical()
 
 

@@ -50,8 +50,12 @@ class Accounting(ContractBase):
                 scenario.run()
             assert runs, "no call went through the kernel door"
             counted = sum(math.prod(run.q[:-1]) * run.k[-2] for run in runs)
-            assert counted == 2 * scenario.site.heads * cost.pairs, f"at {grid}"
-            assert cost.attention_flops == 4 * cost.pairs * scenario.site.inner
+            heads = scenario.site.heads
+            # pairs are an average over heads, which need not be whole where heads differ
+            assert abs(counted - 2 * heads * cost.pairs) <= heads, (
+                f"at {grid}: {counted / (2 * heads)}, not {cost.pairs}"
+            )
+            assert cost.attention_flops == 2 * counted * scenario.site.head_dim
             if cost.branches:
                 assert sum(branch.attention_flops for branch in cost.branches) == cost.attention_flops
 

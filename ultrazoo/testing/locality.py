@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention.contract import Positions
+from ..attention.contract import Call, Positions
 from .base import ContractBase, picked, promises
 from .compare import assert_close, error_ratio
 from .scenario import Example, Scenario, other_grids, seeded
@@ -42,9 +42,9 @@ def some_queries(tokens: int) -> list[int]:
 def influence(scenario: Scenario, queries: Sequence[int]) -> np.ndarray:
     """RMS gradient of each query's output in each head with respect to each token: (heads, queries, N), fp64."""
     runner, site = scenario.runner, scenario.site
-    runner.host = BareHost(runner.host)  # type: ignore[assignment]
     x = scenario.x.detach().requires_grad_()
-    y = scenario.run(x)
+    call = Call(grid=tuple(scenario.grid), timestep=scenario.timestep)
+    y = runner.attention(x, BareHost(runner.host), call)
     rows = np.zeros((site.heads, len(queries), site.tokens))
     for head in range(site.heads):
         channels = slice(head * site.head_dim, (head + 1) * site.head_dim)

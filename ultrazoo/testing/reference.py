@@ -40,8 +40,12 @@ def frequencies(
     if rule == "interpolate":
         theta = [f / stretch for f in theta]
     elif rule == "ntk":
-        bigger = base * stretch ** (channels / (channels - 2)) if channels > 2 else base
-        theta = [bigger ** (-2 * i / channels) for i in range(channels // 2)]
+        if channels == 2:
+            # the rule keeps the fastest wave and interpolates the slowest; a single wave is taken for the slowest
+            theta = [f / stretch for f in theta]
+        else:
+            bigger = base * stretch ** (channels / (channels - 2))
+            theta = [bigger ** (-2 * i / channels) for i in range(channels // 2)]
     elif rule == "yarn":
         if stretch > 1.0:
             assert trained is not None
