@@ -59,20 +59,23 @@ class UltraGenSpec(AttentionSpec):
         last = default if self.full_last is None else self.full_last
         if site.layer < first or site.layer >= site.layers - last:
             return FullSpec()
-        return self._branched()
+        return self._branched(rotary=site.rope is not None)
 
-    def _branched(self) -> BranchedSpec:
+    def _branched(self, rotary: bool = True) -> BranchedSpec:
         released = self.variant == "released"
         ragged: Literal["exact", "resize"] = "resize" if released else "exact"
         start: Literal["zero", "random"] = "random" if released else "zero"
-        window, index = CoordsSpec(origin="window", cell="index"), CoordsSpec(cell="index")
+        # a backbone without rotary embedding has no use for coordinates
+        local = CoordsSpec(origin="window") if rotary else CoordsSpec()
+        window = CoordsSpec(origin="window", cell="index") if rotary else CoordsSpec()
+        index = CoordsSpec(cell="index") if rotary else CoordsSpec()
         half = self.windows // 2
         return BranchedSpec(
             branches={
                 "local": BranchSpec(
                     layout=WindowsSpec(counts=(self.windows, self.windows), ragged=ragged),
                     shift=RepartitionSpec(),
-                    coords=CoordsSpec(origin="window"),
+                    coords=local,
                 ),
                 "regional": BranchSpec(
                     compress=DepthwiseConvSpec(factor=2, ragged=ragged),

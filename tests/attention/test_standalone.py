@@ -1,0 +1,100 @@
+"""`create_attention`, `visible` and scheduled layers, as a notebook would use them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ultrazoo
+from ultrazoo.attention.contract import Call
+from ultrazoo.attention.full import FullSpec
+from ultrazoo.attention.scheduled import Scheduled
+from ultrazoo.attention.standalone import PlainHost, create_attention, reset_parameters, visible
+from ultrazoo.attention.ultragen import UltraGenSpec
+from ultrazoo.errors import SiteError, UsageError
+from ultrazoo.grid import Grid
+from ultrazoo.spec import Rope, Site
+from ultrazoo.testing import error_ratio
+
+
+def test_an_attention_of_its_own() -> None:
+    module = create_attention("ultragen", dim=48, heads=4, windows=2, rank=4)
+    x = torch.randn(2, 2 * 9 * 7, 48)
+    y = module(x, (2, 9, 7), timestep=torch.tensor([3.0, 900.0]))
+    assert y.shape == x.shape
+    assert y.isfinite().all()
+    assert ultrazoo.create_attention is create_attention
+
+
+def test_the_same_seed_gives_the_same_module() -> None:
+    one, two, other = (create_attention("full", dim=16, heads=2, seed=seed) for seed in (1, 1, 2))
+    x = torch.randn(1, 6, 16)
+    assert torch.equal(one(x, (1, 2, 3)), two(x, (1, 2, 3)))
+    assert not torch.equal(one(x, (1, 2, 3)), other(x, (1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"name": "full", "dim": 10, "heads": 3}, "3 heads do not divide dim 10"),
+        ({"name": "branched", "dim": 8, "heads": 2, "branchs": {}}, "did you mean 'branches'"),
+        ({"name": "ultragen", "dim": 8, "heads": 2, "windows": 3}, "even number"),
+        ({"name": "ful", "dim": 8, "heads": 2}, "did you mean 'full'"),
+    ],
+)
+def test_mistakes_are_explained(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises((SiteError, UsageError), match=words):
+        create_attention(**arguments)
+
+
+def test_a_size_that_does_not_work_is_an_error_when_called() -> None:
+    module = create_attention("branched", dim=8, heads=2, branches={"a": {"layout": {"name": "windows", "counts": 4}}})
+    assert module(torch.randn(1, 16, 8), (1, 4, 4)).shape == (1, 16, 8)
+    with pytest.raises(SiteError, match="4 windows do not fit 3 rows"):
+        module(torch.randn(1, 12, 8), (1, 3, 4))
+    with pytest.raises(ValueError, match="N = 16"):
+        module(torch.randn(1, 15, 8), (1, 4, 4))
+
+
+def test_visible_of_windows() -> None:
+    seen = visible("branched", (1, 4, 4), branches={"a": {"layout": {"name": "windows", "counts": 2}}}, queries=[0, 15])
+    assert seen.shape == (1, 2, 16)
+    assert seen[0, 0].nonzero()[0].tolist() == [0, 1, 4, 5]
+    assert seen[0, 1].nonzero()[0].tolist() == [10, 11, 14, 15]
+
+
+def test_a_scheduled_layer_asks_for_its_step() -> None:
+    site = Site(dim=24, heads=3, head_dim=8, grid=Grid(2, 5, 6), rope=Rope((4, 2, 2)))
+    layer = Scheduled(UltraGenSpec(windows=2, rank=2), [(0, 2, FullSpec())], site)
+    host = PlainHost(site)
+    for module in (layer, host):
+        reset_parameters(module)
+    x, t = torch.randn(1, 60, 24), torch.tensor([9.0])
+    with pytest.raises(UsageError, match=r"model.select\(step, num_steps\)"):
+        layer(x, host, Call(grid=(2, 5, 6), timestep=t))
+    early = layer(x, host, Call(grid=(2, 5, 6), timestep=t, step=(2, 10)))
+    late = layer(x, host, Call(grid=(2, 5, 6), timestep=t, step=(3, 10)))
+    assert torch.equal(early, FullSpec().build(site)(x, host, Call(grid=(2, 5, 6))))
+    assert error_ratio(early, late) > 1e-3
+
+
+def test_own_projections_start_as_the_hosts() -> None:
+    module = create_attention("branched", dim=16, heads=2, branches={"a": {"adapt": "own"}})
+    x = torch.randn(1, 12, 16)
+    full = FullSpec().build(module.site.at(grid=Grid(1, 3, 4)))
+    assert error_ratio(module(x, (1, 3, 4)), full(x, module.host, Call(grid=(1, 3, 4)))) < 1e-6
+
+
+def test_coinciding_branches_are_computed_once() -> None:
+    branches = {
+        "near": {"layout": {"name": "windows", "size": [1, 0, 0]}},
+        "far": {"layout": {"name": "strided", "counts": [3, 1, 1]}},
+    }
+    module = create_attention("branched", dim=8, heads=1, branches=branches)
+    x = torch.randn(1, 3 * 4, 8)
+    with ultrazoo.kernels.record() as runs:
+        module(x, (3, 2, 2))
+    assert len(runs) == 1
+    site = module.site.at(grid=Grid(3, 2, 2))
+    assert module.spec.cost(site).pairs == 3 * 4 * 4
+    assert [row.pairs for row in module.spec.cost(site).branches] == [48, 0]

@@ -1,0 +1,146 @@
+"""The kernel door: exact kernels agree, reasons are given, what ran is seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ultrazoo import registry
+from ultrazoo.errors import KernelError
+from ultrazoo.kernels import attend, record, table
+from ultrazoo.kernels.door import PREFERENCE
+from ultrazoo.kernels.math import MathSpec
+from ultrazoo.testing import error_ratio
+
+EXACT = ("sdpa", "math")
+
+
+def inputs(queries: int = 9, keys: int = 13, dtype: torch.dtype = torch.float64, value: int = 8) -> tuple[Tensor, ...]:
+    q, k, v = torch.randn(2, 3, queries, 8), torch.randn(2, 3, keys, 8), torch.randn(2, 3, keys, value)
+    return tuple((3 * z).to(dtype).requires_grad_() for z in (q, k, v))
+
+
+def softmax_loop(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("kernel", EXACT)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_kernels_compute_softmax_attention(kernel: str, scale: float | None) -> None:
+    q, k, v = inputs(value=5)
+    expected = softmax_loop(q, k, v, scale=scale)
+    found = attend(q, k, v, scale=scale, kernel=kernel)
+    assert error_ratio(found, expected) < 1e-12
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (found, expected)), strict=True):
+        assert error_ratio(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("kernel", EXACT)
+def test_masks_weights_and_bias_add_up(kernel: str) -> None:
+    q, k, v = inputs()
+    mask = torch.rand(2, 1, 1, 13) > 0.3
+    weight, bias = torch.randn(2, 1, 1, 13), torch.randn(3, 9, 13)
+    total = torch.zeros(2, 1, 1, 13).masked_fill(~mask, float("-inf")) + weight + bias
+    found = attend(q, k, v, key_mask=mask, log_weight=weight, bias=bias, kernel=kernel)
+    assert error_ratio(found, softmax_loop(q, k, v, total)) < 1e-6
+    assert error_ratio(found, softmax_loop(q, k, v)) > 1e-2
+
+
+@pytest.mark.parametrize("kernel", EXACT)
+def test_lse_and_its_gradient(kernel: str) -> None:
+    q, k, v = inputs()
+    out, lse = attend(q, k, v, return_lse=True, kernel=kernel)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * 8**-0.5
+    assert error_ratio(lse, scores.logsumexp(-1)) < 1e-12
+    weight, other = torch.randn_like(out), torch.randn_like(lse)
+    found = torch.autograd.grad((out * weight).sum() + (lse * other).sum(), (q, k, v))
+    wanted = (softmax_loop(q, k, v) * weight).sum() + (scores.logsumexp(-1) * other).sum()
+    for a, b in zip(found, torch.autograd.grad(wanted, (q, k, v)), strict=True):
+        assert error_ratio(a, b) < 1e-10
+
+
+def test_query_chunks_of_the_math_kernel_are_one_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs()
+    whole = attend(q, k, v, kernel="math")
+    monkeypatch.setattr("ultrazoo.kernels.math.CHUNK_ELEMENTS", 2 * 3 * 13 * 2)
+    assert error_ratio(attend(q, k, v, kernel="math"), whole) < 1e-12
+
+
+def test_a_row_without_keys_is_zero_and_has_no_mass() -> None:
+    q, k, v = inputs()
+    out, lse = attend(q, k, v, key_mask=torch.zeros(2, 1, 1, 13, dtype=torch.bool), return_lse=True, kernel="math")
+    assert out.abs().max() == 0
+    assert (lse == float("-inf")).all()
+
+
+def test_what_ran_is_seen() -> None:
+    q, k, v = inputs()
+    with record() as outer, record() as runs:
+        attend(q, k, v)
+        attend(q, k, v, kernel="math")
+    assert [(run.kernel, run.q, run.k) for run in runs] == [
+        ("sdpa", (2, 3, 9, 8), (2, 3, 13, 8)),
+        ("math", (2, 3, 9, 8), (2, 3, 13, 8)),
+    ]
+    assert outer == runs
+
+
+def test_a_forced_kernel_that_cannot_run_lists_every_candidate() -> None:
+    q, k, v = inputs()
+    with pytest.raises(KernelError) as caught:
+        attend(q, k, v, kernel="flash_attn")
+    text = str(caught.value)
+    assert "'flash_attn' was asked for and cannot run" in text
+    assert "runs on cuda, inputs are on cpu" in text
+    assert "does not take float64" in text
+    assert "sdpa: can run" in text
+
+
+def test_nobody_takes_a_block_map_yet() -> None:
+    q, k, v = inputs()
+    with pytest.raises(KernelError, match="takes no block_map"):
+        attend(q, k, v, block_map=object())
+
+
+def test_the_table_says_why_a_kernel_is_absent() -> None:
+    rows = {row.name: row for row in table()}
+    assert set(PREFERENCE) <= set(rows)
+    assert rows["sdpa"].reason == rows["math"].reason == ""
+    for name in ("flash_attn", "xformers"):
+        assert rows[name].reason == registry.find("kernel", name).absent()
+        if not torch.cuda.is_available():
+            assert "install" in rows[name].reason or "CUDA" in rows[name].reason
+
+
+def test_lossy_kernels_never_run_by_themselves() -> None:
+    assert all(registry.find("kernel", name).exact for name in PREFERENCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "math", "flash_attn", "xformers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kernels_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    spec = registry.find("kernel", name)
+    if spec.absent():
+        pytest.skip(spec.absent())
+    q, k, v = (torch.randn(2, 4, 257, 64, device="cuda").to(dtype) for _ in range(3))
+    expected = softmax_loop(q.double(), k.double(), v.double())
+    with record() as runs:
+        found = attend(q, k, v, kernel=name)
+    assert runs[0].kernel == name
+    assert error_ratio(found, expected) < 1e-2
+    if "lse" in spec.takes:
+        out, lse = attend(q, k, v, return_lse=True, kernel=name)
+        scores = torch.einsum("bhid,bhjd->bhij", q.double(), k.double()) * 64**-0.5
+        assert error_ratio(out, expected) < 1e-2
+        assert error_ratio(lse, scores.logsumexp(-1)) < 1e-2
+
+
+def test_math_is_exact_in_low_precision() -> None:
+    q, k, v = inputs(dtype=torch.bfloat16)
+    found = attend(q, k, v, kernel=MathSpec.name)
+    assert error_ratio(found, softmax_loop(*(z.double() for z in (q, k, v)))) < 1e-2
