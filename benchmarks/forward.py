@@ -25,7 +25,7 @@ def main(recipe: str, grid: tuple[int, int, int]) -> dict[str, object]:
                 parameter.normal_(std=0.2)
     t, h, w = grid
     spec = model.spec
-    latents = torch.randn(1, spec.in_channels, t, 2 * h, 2 * w, dtype=torch.bfloat16)
+    latents = torch.randn(1, spec.channels, t, 2 * h, 2 * w, dtype=torch.bfloat16)
     text = torch.randn(1, 16, spec.text_dim, dtype=torch.bfloat16)
     start = time.perf_counter()
     with torch.inference_mode():

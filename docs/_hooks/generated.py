@@ -5,7 +5,9 @@ mkdocs calls `on_files`; the two writers below return Markdown and import ultraz
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import json
+from typing import Any, get_args
 
 PARTS = "reference/parts.md"
 COMMANDS = "reference/commands.md"
@@ -45,8 +47,6 @@ def parts() -> str:
 
 
 def _part(entry: Any, spec: Any) -> list[str]:
-    from ultrazoo.options import declared, expected
-
     lines = ["", f"### {entry.name}", "", f"{_sentence(entry.summary)}"]
     facts = []
     if entry.aliases:
@@ -57,26 +57,52 @@ def _part(entry: Any, spec: Any) -> list[str]:
         facts.append("presets: " + ", ".join(f"`{name}`" for name in spec.presets))
     if facts:
         lines[-1] += " " + _sentence("; ".join(facts))
-    rows = declared(spec)
+    return lines + _options(spec, "")
+
+
+def _options(cls: type, under: str) -> list[str]:
+    """A table of the options of a class, then one for each group of options inside it."""
+    from ultrazoo.options import declared, expected
+
+    rows = declared(cls)
     if not rows:
-        return [*lines, "", "No options."]
-    lines += ["", "| option | takes | default | |", "| --- | --- | --- | --- |"]
+        return [] if under else ["", "No options."]
+    lines = ["", "| option | takes | default | |", "| --- | --- | --- | --- |"]
+    groups = []
     for row in rows:
         default = "" if row.required else f"`{_default(row.default)}`"
         cells = [f"`{row.name}`", expected(row), default, row.doc]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        path = f"{under}.{row.name}" if under else row.name
+        groups += [(path, group) for group in _groups(row.annotation)] if not row.kind and not row.choices else []
+        groups += [(f"{path}: {name}", group) for name, group in (row.choices or {}).items()]
+    for path, group in groups:
+        inner = _options(group, path)
+        if inner:
+            lines += ["", f"`{path}`: {_sentence(_summary(group))}", *inner]
     return lines
+
+
+def _groups(annotation: Any) -> list[type]:
+    """Classes of options named anywhere in an annotation."""
+    from ultrazoo.spec import Options
+
+    if isinstance(annotation, type) and issubclass(annotation, Options):
+        return [annotation]
+    return [group for part in get_args(annotation) for group in _groups(part)]
 
 
 def _default(value: Any) -> str:
     from ultrazoo.options import to_data
 
-    if value is None:
-        return "null"
-    if hasattr(value, "__dataclass_fields__") or isinstance(value, tuple | dict):
-        value = to_data(value) if hasattr(value, "__dataclass_fields__") else value
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = json.dumps(to_data(value) if dataclasses.is_dataclass(value) else value, default=str)
+    text = text.strip('"')
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _summary(cls: type) -> str:
+    paragraph = (cls.__doc__ or "").partition("\n\n")[0]
+    return " ".join(paragraph.split()).replace("``", "`")
 
 
 def _sentence(text: str) -> str:
