@@ -106,7 +106,10 @@ class Resolved:
         return tuple(rows[key] for key in sorted(rows))
 
     def data(self) -> dict[str, Any]:
-        """The resolved recipe as plain data: nothing left to look up or expand; loads back to the same hash."""
+        """The resolved recipe as plain data: nothing left to look up or expand; loads back to the same hash.
+
+        A search space is left out: its paths name entries of the recipe as written.
+        """
         meaning = self._meaning()
         data = {
             "schema": SCHEMA,
@@ -117,7 +120,6 @@ class Resolved:
             "weights": to_data(self.weights),
             "dtype": self.dtype,
             "seed": self.seed,
-            "search": {"space": to_data(self.search)} if self.search else None,
         }
         always = ("weights", "seed")
         return {key: value for key, value in data.items() if key in always or value not in (None, "", {})}
@@ -126,22 +128,22 @@ class Resolved:
         return {
             "schema": SCHEMA,
             "backbone": to_data(self.backbone),
-            "attention": layer_map(dict(enumerate(self.attention))),
-            "steps": {_step_key(one): layer_map(one.layers) for one in self.steps},
+            "attention": layer_map(dict(enumerate(self.attention)), len(self.attention)),
+            "steps": {_step_key(one): layer_map(one.layers, len(self.attention)) for one in self.steps},
             "video": size_data(self.video),
             "sampling": to_data(self.sampling),
             "dtype": None if self.dtype == "bfloat16" else self.dtype,
         }
 
 
-def layer_map(layers: Mapping[int, AttentionSpec]) -> dict[str, Any]:
-    """Specs per layer as recipe data, equal ones under one key, in the order of their first layer."""
+def layer_map(layers: Mapping[int, AttentionSpec], count: int) -> dict[str, Any]:
+    """Specs per layer, of `count`, as recipe data: equal ones under one key, in the order of their first layer."""
     found: dict[str, tuple[Any, list[int]]] = {}
     for layer in sorted(layers):
         data = to_data(layers[layer])
         key = json.dumps(_numbers(data), sort_keys=True)
         found.setdefault(key, (data, []))[1].append(layer)
-    return {spans(where): data for data, where in found.values()}
+    return {"*" if len(where) == count else spans(where): data for data, where in found.values()}
 
 
 def size_data(video: Video) -> dict[str, Any]:
