@@ -22,8 +22,8 @@ from .errors import OutputError, UltrazooError, UsageError, WeightsError, listed
 from .weights import config
 from .weights.disk import write_bytes
 from .weights.match import Match, match
+from .weights.meaning import require_same_meaning
 from .weights.reader import Checkpoint, open_checkpoint
-from .weights.released import require_released
 from .weights.slots import Slot, Unfilled, Values, attention_paths, slots_of, stream
 from .weights.staging import refuse_existing, staged
 from .weights.writer import Progress, order, write_checkpoint
@@ -203,8 +203,9 @@ def _opened(plan: Plan, model: nn.Module) -> Iterator[tuple[Checkpoint | None, M
         yield None, None
         return
     with open_checkpoint(source.path) as checkpoint:
-        require_released(checkpoint, plan.resolved.attention, source.format)
-        yield checkpoint, _match(plan, model, checkpoint, source.format)
+        found = _match(plan, model, checkpoint, source.format)
+        require_same_meaning(checkpoint, found, plan.resolved.attention, plan.resolved.sites)
+        yield checkpoint, found
 
 
 def _match(plan: Plan, model: nn.Module, checkpoint: Checkpoint, layout: str, whole: bool = False) -> Match:

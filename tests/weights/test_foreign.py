@@ -85,16 +85,70 @@ def test_released_ultragen_files(tmp_path, suffix):
     assert (origin["format"], origin["reused"]) == ("ultragen", len(tensors))
 
 
-def test_released_weights_do_not_go_into_a_block_that_misreads_them(tmp_path):
+def released_block(**changes):
+    """The released design written out, without its windows, with some of it changed."""
+    conv, lora = {"name": "depthwise_conv"}, {"name": "lora", "rank": 4, "bias": True}
+    return {
+        "name": "branched",
+        "branches": {
+            "local": {},
+            "regional": {"compress": {**conv, "factor": 2}, "adapt": lora},
+            "global": {"compress": {**conv, "factor": 4}, "adapt": {**lora, "key_from": "query"}},
+        },
+        "fuse": {"name": "time_gate", "order": [["local", "regional"], "global"]},
+        **changes,
+    }
+
+
+@pytest.fixture
+def released(tmp_path):
     save_file(layouts.tensors(layouts.ultragen((0, 1), rank=4)), tmp_path / "x.safetensors")
-    weights = {"path": str(tmp_path / "x.safetensors")}
+    return {"path": str(tmp_path / "x.safetensors")}
+
+
+def test_released_weights_do_not_go_into_the_paper_design(tmp_path, released):
+    with pytest.raises(WeightsError, match="does not fit tiny") as caught:
+        build_directory(tiny(PAPER, weights=released), tmp_path / "out")
+    assert "_lora_1.lora_A.bias" in str(caught.value)
+    assert str(caught.value).endswith("its extra weights belong to the design {name: ultragen, variant: released}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_released_weights_do_not_go_into_a_block_that_misreads_them(tmp_path, released):
+    assert not ultrazoo.build(tiny(released_block(), weights=released)).origin["weights"]["new"]
+    branches = released_block()["branches"]
+    branches["global"]["adapt"].pop("key_from")
+    wrong = released_block(branches=branches, fuse={"name": "time_gate", "order": ["global", ["local", "regional"]]})
     with pytest.raises(WeightsError, match=r"would misread; nothing was loaded") as caught:
-        build_directory(tiny(PAPER, weights=weights), tmp_path / "out")
+        build_directory(tiny(wrong, weights=released), tmp_path / "out")
     text = str(caught.value)
-    assert "attention.0-1.fuse.order" in text
-    assert "attention.0-1.branches.global.adapt.key_from   the weights belong to 'query', got 'key'" in text
+    assert (
+        'attention.0-1.fuse.order   the weights belong to [["local", "regional"], "global"], got ["global", [' in text
+    )
+    assert 'attention.0-1.branches.global.adapt.key_from   the weights belong to "query", got "key"' in text
     assert "variant: released" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_our_own_gates_are_not_misread_either(tmp_path):
+    block = released_block()
+    ultrazoo.save(ultrazoo.build(tiny(block)), tmp_path / "base")
+    weights = {"path": str(tmp_path / "base")}
+    turned = released_block(fuse={"name": "time_gate", "order": [["regional", "local"], "global"]})
+    with pytest.raises(WeightsError, match=r"attention\.0-1\.fuse\.order"):
+        ultrazoo.build(tiny(turned, weights=weights))
+    # other windows read the same weights in the same way
+    block["branches"]["local"] = {"layout": {"name": "windows", "counts": 2}}
+    assert not ultrazoo.build(tiny(block, weights=weights)).origin["weights"]["new"]
+
+
+def test_weights_find_a_layer_that_has_alternatives_for_some_steps(tmp_path, released):
+    source = tiny(released_block(), weights=released, sampling={"steps": 4}, steps={"0-1": {"*": {"name": "full"}}})
+    model = ultrazoo.build(source)
+    assert (model.origin["weights"]["new"], model.origin["weights"]["dropped"]) == ([], [])
+    ultrazoo.save(model, tmp_path / "out")
+    back = ultrazoo.build(tiny(released_block(), weights={"path": str(tmp_path / "out")}))
+    assert (back.origin["weights"]["new"], back.origin["weights"]["dropped"]) == ([], [])
 
 
 def test_pretrained_weights_into_a_new_design(tmp_path):

@@ -46,9 +46,11 @@ def test_a_damaged_config(saved):
 
 
 def test_an_edited_recipe(saved):
-    edit(
-        saved, lambda content: content["recipe"]["attention"]["0-1"]["branches"]["global"]["compress"].update(factor=2)
-    )
+    def other_factor(content):
+        (block,) = content["recipe"]["attention"].values()
+        block["branches"]["global"]["compress"]["factor"] = 2
+
+    edit(saved, other_factor)
     with pytest.raises(WeightsError, match=r"its recipe has hash .* the directory was edited"):
         ultrazoo.from_pretrained(saved)
 

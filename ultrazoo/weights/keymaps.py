@@ -3,7 +3,7 @@
 Each row is (our name, their name) with placeholders that stand for the same text on both sides. Our names are those of
 the native backbones, which follow the original Wan 2.1 layout; extra parameters of a layer's attention are under
 ``blocks.<i>.attention``. Rows of the released UltraGen checkpoints are for the branches ``local``, ``regional`` and
-``global`` with gates in the order ``[[local, regional], global]``.
+``global`` (``global_`` in a state dict) with gates in the order ``[[local, regional], global]``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Format:
     """One layout of keys.
 
     `rows` map names both ways. A checkpoint is of this format when each of `signs` matches a key. `backbone` is the
-    only backbone it can be read into, None for any.
+    only backbone it can be read into, None for any; `design` the attention that its extra weights belong to.
     """
 
     name: str
@@ -100,6 +100,7 @@ class Format:
     rows: Rows
     signs: tuple[str, ...]
     backbone: str | None = None
+    design: str = ""
 
     def ours(self, key: str) -> str | None:
         """Our name of a key of theirs, None when the format knows no such key."""
@@ -131,6 +132,7 @@ FORMATS: Mapping[str, Format] = {
             _ULTRAGEN,
             (r"^blocks\.\d+\.self_attn\.q_lora_[12]\.",),
             "wan",
+            "{name: ultragen, variant: released}",
         ),
         Format(
             "diffusers",

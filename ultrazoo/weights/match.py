@@ -115,7 +115,7 @@ def match(
         if ours is None:
             unknown.append(key)
         else:
-            found[ours] = key
+            found[_placed(ours, parameters)] = key
     split = _Split(extras, whole)
     rows: list[tuple[str, str, str, str]] = [
         ("unexpected", key, _facts(checkpoint.entries[key]), "") for key in unknown
@@ -144,8 +144,17 @@ def match(
             reused[name] = found[name]
     rows += _torn(split, checkpoint, found, parameters, new)
     if rows:
-        raise WeightsError(_table(checkpoint, form.name, model, rows))
+        raise WeightsError(_table(checkpoint, form, model, rows))
     return Match(str(checkpoint.path), form.name, prefix, reused, tuple(new), tuple(dropped))
+
+
+def _placed(name: str, parameters: Mapping[str, Entry]) -> str:
+    """`name`, or its place when a layer has or had alternatives for other sampling steps: those keep theirs in `base`."""
+    for old, new in ((".attention.", ".attention.base."), (".attention.base.", ".attention.")):
+        moved = name.replace(old, new, 1)
+        if name not in parameters and moved in parameters:
+            return moved
+    return name
 
 
 class _Split:
@@ -194,7 +203,7 @@ def _type(entry: Entry) -> str:
     return str(entry.dtype).removeprefix("torch.")
 
 
-def _table(checkpoint: Checkpoint, layout: str, model: str, rows: Sequence[tuple[str, str, str, str]]) -> str:
+def _table(checkpoint: Checkpoint, form: Format, model: str, rows: Sequence[tuple[str, str, str, str]]) -> str:
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for kind, key, got, due in rows:
         groups.setdefault((kind, _shape_of(key), got, due), []).append(key)
@@ -206,13 +215,15 @@ def _table(checkpoint: Checkpoint, layout: str, model: str, rows: Sequence[tuple
     by_kind = {kind: [row for row in cells if row[0] == kind] for kind in KINDS}
     shown = [row for found in by_kind.values() for row in found[:ROWS]]
     widths = [max(len(row[column]) for row in shown) for column in range(4)]
-    lines = [f"{checkpoint.path} ({layout}) does not fit {model}: {len(rows)} tensors differ, nothing was loaded"]
+    lines = [f"{checkpoint.path} ({form.name}) does not fit {model}: {len(rows)} tensors differ, nothing was loaded"]
     for kind, found in by_kind.items():
         for row in found[:ROWS]:
             line = "  ".join(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True))
             lines.append(f"  {line}  {row[4]}".rstrip())
         if len(found) > ROWS:
             lines.append(f"  {kind}  … and {len(found) - ROWS} more rows")
+    if form.design:
+        lines.append(f"  its extra weights belong to the design {form.design}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,10 @@ def read(path: Path) -> dict[str, Tensor]:
     if archive and _is_script(path):
         raise WeightsError(f"{path} is a TorchScript archive, which holds code; give a state dict")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with warnings.catch_warnings():
+            # torch's remarks on old pickle protocols and on its own checks are not for our users
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, error)) from error
     except Exception as error:  # a damaged archive surfaces as almost any exception

@@ -1,0 +1,92 @@
+"""Whether a block reads extra weights as the block that they come from did.
+
+Two branched attentions may have parameters of the same names and shapes and mean different things by them: gates mix in
+another order, keys start from another matrix. Weights that would be misread are refused. What a file's weights mean is
+known of the released UltraGen checkpoints (`ultragen`, ``variant: released``) and of our own directories, which hold
+their recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import recipe
+from ..attention.branched import BranchedSpec, module_name
+from ..attention.ultragen import UltraGenSpec
+from ..errors import UltrazooError, WeightsError
+from ..options import to_data
+from ..spec import AttentionSpec, Site
+from . import config
+from .keymaps import FORMATS
+from .match import Match, collapse
+from .reader import Checkpoint
+from .staging import is_ours
+
+RELEASED = UltraGenSpec(variant="released", full_first=0, full_last=0)
+
+
+def require_same_meaning(
+    checkpoint: Checkpoint, found: Match, attention: Sequence[AttentionSpec], sites: Sequence[Site]
+) -> None:
+    """Raise WeightsError for every layer that would misread the extra weights it reuses. `attention` is expanded."""
+    layers: dict[int, set[str]] = {}
+    for name in found.reused:
+        steps = name.split(".")
+        if "attention" in steps and steps[0] == "blocks":
+            layers.setdefault(int(steps[1]), set()).add(name)
+    if not layers or (written := _written(checkpoint, found.format)) is None:
+        return
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for layer, names in sorted(layers.items()):
+        theirs, ours = written(sites[layer]), attention[layer]
+        if not isinstance(theirs, BranchedSpec) or not isinstance(ours, BranchedSpec):
+            continue
+        due, got = _readings(theirs, names), _readings(ours, names)
+        for path in due:
+            if due[path] != got.get(path):
+                rule = f"the weights belong to {json.dumps(due[path])}, got {json.dumps(got.get(path))}"
+                wrong.setdefault((path, rule), []).append(f"attention.{layer}.{path}")
+    if wrong:
+        lines = [f"{checkpoint.path} ({found.format}) holds weights that this recipe would misread; nothing was loaded"]
+        lines += [f"  {collapse(where)[0]}   {rule}" for (_, rule), where in wrong.items()]
+        if design := FORMATS[found.format].design:
+            lines.append(f"  the design they belong to is {design}")
+        raise WeightsError("\n".join(lines))
+
+
+def _readings(spec: BranchedSpec, names: set[str]) -> dict[str, Any]:
+    """What decides how the reused parameters `names` of one block are read, by path in the recipe."""
+    found: dict[str, Any] = {}
+    if any(".fuse." in name for name in names):
+        fuse: Mapping[str, Any] = to_data(spec.fuse)
+        found |= {f"fuse.{key}": value for key, value in fuse.items() if key not in ("init", "weights", "learned")}
+        if "order" not in fuse:
+            # one number or row per branch, in this order
+            found["branches"] = list(spec.branches)
+    for name, branch in spec.branches.items():
+        if any(f".branches.{module_name(name)}.adapt." in one for one in names):
+            found[f"branches.{name}.adapt.key_from"] = getattr(branch.adapt, "key_from", None)
+    return found
+
+
+def _written(checkpoint: Checkpoint, layout: str) -> Callable[[Site], AttentionSpec | None] | None:
+    """Site → the attention that the file's weights of that layer were made for; None where nobody knows."""
+    if layout == "ultragen":
+        return RELEASED.expand
+    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if layout != "ultrazoo" or not is_ours(directory):
+        return None
+    specs = _stored(directory)
+    return lambda site: specs[site.layer] if site.layer < len(specs) else None
+
+
+def _stored(directory: Path) -> tuple[AttentionSpec, ...]:
+    content = config.read(directory)
+    config.require_plugins(directory, content["plugins"])
+    try:
+        return recipe.resolve(recipe.load(content["recipe"])).attention
+    except UltrazooError as error:
+        raise WeightsError(f"cannot tell what the weights in {directory} mean: {error}") from error
