@@ -182,7 +182,9 @@ def visible(
     spec, found = parse_part("attention", {"name": name, **options})
     if found or spec is None:
         raise SiteError(f"attention {name!r}", found)
-    site = Site(dim=heads * 8, heads=heads, head_dim=8, layer=layer, layers=layers, grid=as_grid(tuple(grid)))
+    # influence does not depend on widths: take some that no option (a LoRA's rank) exceeds
+    width = 1 << 14
+    site = Site(dim=heads * width, heads=heads, head_dim=width, layer=layer, layers=layers, grid=as_grid(tuple(grid)))
     site = site.at(rope=Rope(axes=(4, 2, 2)))
     expanded = spec.expand(site)
     found = [*spec.problems(site), *expanded.problems(site)]
