@@ -61,15 +61,28 @@ def influence(groups: Sequence[Views], title: str = "") -> Figure:
     tall = min(max(h / w, 0.4), 1.6)
     strip = 0.0 if frames == 1 else 0.16
     cell_w = 2.9
-    cell_h = cell_w * tall + 0.75 + strip
-    head = 1.2
+    cell_h = cell_w * tall + strip
+    gap, head, foot = 0.75, 1.2, 0.15
+    t, y, x = shown[0].query
+    left_out = f" ({len(shown)} of {len(groups)} patterns drawn)" if len(groups) > len(shown) else ""
+    heading = f"{title + ': ' if title else ''}who can influence token t={t}, y={y}, x={x}{left_out}"
+    # the heading and the legend need room above a single column
+    wide = max(cell_w * len(names) + 0.3, 0.1 * len(heading) + 0.3, 7.4)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(cell_w * len(names) + 0.3, cell_h * len(shown) + head))
+        tallest = head + cell_h * len(shown) + gap * (len(shown) - 1) + foot
+        figure = Figure(figsize=(wide, tallest), dpi=_dpi(w / cell_w))
         height = figure.get_figheight()
         grid = GridSpec(
-            len(shown), len(names), figure=figure, left=0.02, right=0.98, top=1 - head / height, bottom=0.35 / height,
-            wspace=0.08, hspace=0.75 / (cell_w * tall),
-        )  # fmt: skip
+            len(shown),
+            len(names),
+            figure=figure,
+            left=0.02,
+            right=0.02 + cell_w * len(names) / wide,
+            top=1 - head / height,
+            bottom=foot / height,
+            wspace=0.08,
+            hspace=gap / cell_h,
+        )
         for row, group in enumerate(shown):
             top = grid[row, 0].get_position(figure).y1
             figure.text(0.02, top + 0.36 / height, f"{group.title}: {group.attention}", weight="bold", va="center")
@@ -87,9 +100,6 @@ def influence(groups: Sequence[Views], title: str = "") -> Figure:
                 plane.set_title(
                     f"{view.name}: {count(view.tokens)} tokens, {percent(view.share)}", loc="left", fontsize=8, pad=4
                 )
-        t, y, x = shown[0].query
-        left_out = f" ({len(shown)} of {len(groups)} patterns drawn)" if len(groups) > len(shown) else ""
-        heading = f"{title + ': ' if title else ''}who can influence token t={t}, y={y}, x={x}{left_out}"
         figure.text(0.02, 1 - 0.22 / height, heading, weight="bold", fontsize=11, va="center")
         legend: list[Any] = [Patch(color=HERE, label="seen in the query's frame")]
         if frames > 1:
@@ -101,6 +111,11 @@ def influence(groups: Sequence[Views], title: str = "") -> Figure:
             frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.4,
         )  # fmt: skip
     return figure
+
+
+def _dpi(tokens_per_inch: float) -> float:
+    """At least two pixels per token, within reason: single tokens of a strided pattern stay visible."""
+    return min(max(110.0, 2 * tokens_per_inch), 220.0)
 
 
 def _columns(groups: Sequence[Views]) -> list[str]:
@@ -117,13 +132,29 @@ def _plane(axes: Axes, seen: np.ndarray, query: tuple[int, int, int]) -> None:
     _, h, w = seen.shape
     values = np.where(seen[query[0]], 2, np.where(seen.any(axis=0), 1, 0))
     axes.imshow(
-        values, cmap=ListedColormap([FAINT, ELSEWHERE, HERE]), vmin=0, vmax=2, interpolation="nearest", aspect="auto"
+        _coarser(values),
+        extent=(-0.5, w - 0.5, h - 0.5, -0.5),
+        cmap=ListedColormap([FAINT, ELSEWHERE, HERE]),
+        vmin=0,
+        vmax=2,
+        interpolation="nearest",
+        aspect="auto",
     )
     axes.plot([query[2]], [query[1]], marker="+", color=MARK, markersize=9, markeredgewidth=2)
     axes.set_xlim(-0.5, w - 0.5)
     axes.set_ylim(h - 0.5, -0.5)
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def _coarser(values: np.ndarray, most: int = 300) -> np.ndarray:
+    """The largest value of every cell where a map has more rows or columns than a picture can show."""
+    h, w = values.shape
+    if h > most:
+        values = np.maximum.reduceat(values, np.arange(most) * h // most, axis=0)
+    if w > most:
+        values = np.maximum.reduceat(values, np.arange(most) * w // most, axis=1)
+    return values
 
 
 def _strip(axes: Axes, shares: np.ndarray, frame: int) -> None:
@@ -148,7 +179,7 @@ def layer_costs(layers: Sequence[LayerPlan], full: int | None = None, title: str
     top = parts.sum(axis=1).max()
     scale, unit = _unit(top)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8.4, 2.9))
+        figure = Figure(figsize=(8.4, 2.9), dpi=120)
         axes = figure.add_axes((0.08, 0.19, 0.90, 0.60))
         places = [one.layer for one in layers]
         base = np.zeros(len(layers))
@@ -181,12 +212,12 @@ def _unit(top: float) -> tuple[float, str]:
     return 1.0, "FLOP"
 
 
-def image(figure: Figure, form: str = "png", dpi: int = 110) -> bytes:
+def image(figure: Figure, form: str = "png") -> bytes:
     """The figure as bytes, ``"png"`` or ``"svg"``, the same bytes every time."""
     import matplotlib as mpl
 
     metadata: dict[str, Any] = {"Date": None} if form == "svg" else {"Software": None}
     stream = io.BytesIO()
     with mpl.rc_context(_STYLE):
-        figure.savefig(stream, format=form, dpi=dpi, metadata=metadata)
+        figure.savefig(stream, format=form, metadata=metadata)
     return stream.getvalue()

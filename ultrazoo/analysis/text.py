@@ -46,11 +46,11 @@ def _block(view: View, query: tuple[int, int, int], shades: str, mark: str, widt
     space = cells(view.seen.mean(axis=0), rows, cols)
     drawn = [[_shade(value, shades) for value in row] for row in space]
     drawn[_cell(query[1], h, rows)][_cell(query[2], w, cols)] = mark
-    caption = f"{view.name}: {count(view.tokens)} tokens, {percent(view.share)}"
     strip_cols = min(frames, room - 3)
     strip = "".join(_shade(value, shades) for value in cells(view.per_frame[None], 1, strip_cols)[0])
     edge = "-" * cols
-    return [caption, f"+{edge}+", *(f"|{''.join(row)}|" for row in drawn), f"+{edge}+", f"T[{strip}]"]
+    caption = [view.name, f"{count(view.tokens)} tokens, {percent(view.share)}"]
+    return [*caption, f"+{edge}+", *(f"|{''.join(row)}|" for row in drawn), f"+{edge}+", f"T[{strip}]"]
 
 
 def _shade(value: float, shades: str) -> str:
