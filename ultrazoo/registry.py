@@ -233,7 +233,9 @@ def find(kind: str, name: str) -> Any:
 
 
 def cause(error: BaseException) -> str:
-    """One line for an exception that someone else's code raised."""
+    """One line for an exception that someone else's code, or our own on its behalf, raised."""
+    if isinstance(error, RegistryError):
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
