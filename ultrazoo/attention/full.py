@@ -78,7 +78,8 @@ def dense_cost(site: Site) -> Cost:
         qkv_flops=2 * tokens * site.dim * 3 * site.width,
         out_flops=2 * tokens * site.inner * site.dim,
         peak_elements=5 * tokens * site.width,
-        saved_elements=7 * tokens * site.width + tokens * site.heads,
+        # the input, q, k, v and the output; q and k once more before their norm
+        saved_elements=(5 + 2 * site.qk_norm) * tokens * site.width + tokens * site.heads,
         branches=(BranchCost("full", pairs, attention, 2 * tokens * site.dim * 3 * site.width),),
     )
 

@@ -51,18 +51,18 @@ class PlainHost(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         q = self._head(q, self.norm_q, positions)
         k = self._head(k, self.norm_k, key_positions or positions)
-        return q, k, None if v is None else self._split(v)
-
-    def _split(self, z: Tensor) -> Tensor:
-        return z.unflatten(-1, (-1, self.site.head_dim))
+        return q, k, self._head(v, None, None)
 
     def _head(self, z: Tensor | None, weight: Tensor | None, positions: Positions | None) -> Tensor | None:
         if z is None:
             return None
-        if weight is not None:
-            z = rms_norm(z, weight, self.eps)
-        z = self._split(z)
-        return z if positions is None else self.rotate(z, positions)
+
+        def norm(raw: Tensor) -> Tensor:
+            return raw if weight is None else rms_norm(raw, weight, self.eps)
+
+        if positions is not None and self.site.rope is not None:
+            return rotary.normed_rotated(z, norm, self.site.head_dim, positions, self.site.rope)
+        return norm(z).unflatten(-1, (-1, self.site.head_dim))
 
     def rotate(self, z: Tensor, positions: Positions) -> Tensor:
         return z if self.site.rope is None else rotary.rotate(z, positions, self.site.rope)

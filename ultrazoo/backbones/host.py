@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..attention.contract import Positions
-from ..ops.rope import rotate
+from ..ops.rope import normed_rotated, rotate
 from ..spec import Site
 from .layers import RMSNorm
 
@@ -55,9 +55,10 @@ class ProjectedHost(nn.Module):
     def _head_split(self, z: Tensor | None, norm: nn.Module | None, positions: Positions | None) -> Tensor | None:
         if z is None:
             return None
+        if positions is not None and self.rope is not None:
+            return normed_rotated(z, norm, self.head_dim, positions, self.rope)
         z = z if norm is None else norm(z)
-        z = z.unflatten(-1, (-1, self.head_dim))
-        return z if positions is None else self.rotate(z, positions)
+        return z.unflatten(-1, (-1, self.head_dim))
 
     def rotate(self, z: Tensor, positions: Positions) -> Tensor:
         return z if self.rope is None else rotate(z, positions, self.rope)

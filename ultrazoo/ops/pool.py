@@ -7,7 +7,7 @@ A cell is (ft, fh, fw) tokens. At sizes that do not divide, **exact** fills the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -156,16 +156,42 @@ def depthwise_conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         channels = weight.shape[0]
         return F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=1, groups=channels).permute(0, 2, 3, 4, 1)
-    channels, (batch, frames) = weight.shape[0], x.shape[:2]
+    return _conv_frames(x.shape, lambda b, t: x[b, t : t + 1].permute(0, 3, 1, 2), weight, bias, x)
+
+
+def _conv_frames(
+    shape: Sequence[int], plane: Callable[[int, int], Tensor], weight: Tensor, bias: Tensor, like: Tensor
+) -> Tensor:
+    """The convolution of (B, T, H, W, C) frames that `plane` makes on demand, (1, C, H, W) each and at most three kept."""
+    channels, (batch, frames) = weight.shape[0], shape[:2]
     taps = [weight[:, :, i].contiguous(memory_format=torch.channels_last) for i in range(3)]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
     for b in range(batch):
-        planes = [x[b, t : t + 1].permute(0, 3, 1, 2) for t in range(frames)]
+        before, here = None, plane(b, 0)
         for t in range(frames):
-            frame = F.conv2d(planes[t], taps[1], bias, padding=1, groups=channels)
-            if t > 0:
-                frame += F.conv2d(planes[t - 1], taps[0], padding=1, groups=channels)
-            if t + 1 < frames:
-                frame += F.conv2d(planes[t + 1], taps[2], padding=1, groups=channels)
+            after = plane(b, t + 1) if t + 1 < frames else None
+            frame = F.conv2d(here, taps[1], bias, padding=1, groups=channels)
+            if before is not None:
+                frame += F.conv2d(before, taps[0], padding=1, groups=channels)
+            if after is not None:
+                frame += F.conv2d(after, taps[2], padding=1, groups=channels)
+                before, here = here, after
             out[b, t] = frame[0].permute(1, 2, 0)
     return out
+
+
+def lift_conv3d(
+    x: Tensor, cell: Cell, size: Sequence[int], weight: Tensor, bias: Tensor, ragged: Ragged = "exact", traced: bool = False
+) -> Tensor:
+    """Bilinear `lift`, then `depthwise_conv3d`: (B, t, h, w, C) → (B, *size, C).
+
+    Without gradients, where cells lie in one frame, each frame is lifted when the convolution wants it.
+    """
+    if traced or cell[0] > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return depthwise_conv3d(lift(x, cell, size, "bilinear", ragged, traced), weight, bias)
+
+    def plane(b: int, t: int) -> Tensor:
+        frame = lift(x[b : b + 1, t : t + 1], cell, (1, *size[1:]), "bilinear", ragged)
+        return frame[:, 0].permute(0, 3, 1, 2)
+
+    return _conv_frames((x.shape[0], *size, x.shape[-1]), plane, weight, bias, x)

@@ -8,7 +8,7 @@ broadcast arithmetic on real pairs (complex numbers do not export).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..spec import Rope
 
-TABLE_BYTES = 1 << 20
-"""Most bytes of a combined table of one chunk of tokens, in the eager path."""
+TABLE_BYTES = 1 << 18
+"""Most bytes of a combined table of one chunk of tokens, in the eager path on a CPU (32 times that elsewhere)."""
 
 
 class AxisPositions(Protocol):
@@ -118,6 +118,26 @@ def rotate(z: Tensor, positions: AxisPositions, rope: Rope) -> Tensor:
     return _Rotate.apply(z, rope, magnitudes, *(axis.angles for axis in axes))  # type: ignore[no-any-return, no-untyped-call]
 
 
+def normed_rotated(
+    z: Tensor, norm: Callable[[Tensor], Tensor] | None, head_dim: int, positions: AxisPositions, rope: Rope
+) -> Tensor:
+    """Norm, split into heads and rotate raw projections: (B, n, width) → (B, n, heads, D).
+
+    `norm` acts on each token alone. Without gradients on a CPU all three happen chunk by chunk, in cache.
+    """
+    chunked = z.device.type == "cpu" and not (torch.is_grad_enabled() and z.requires_grad)
+    if not chunked or norm is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        z = z if norm is None else norm(z)
+        return rotate(z.unflatten(-1, (-1, head_dim)), positions, rope)
+
+    def prepared(chunk: Tensor) -> Tensor:
+        return norm(chunk).unflatten(-1, (-1, head_dim))
+
+    out = torch.empty(*z.shape[:2], z.shape[2] // head_dim, head_dim, dtype=z.dtype, device=z.device)
+    with torch.no_grad():
+        return _rotate_chunks(z, tables(positions, rope), rope, out, prepared)
+
+
 def _combined(parts: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
     """Per-axis values (T, a), (H, b), (W, c) → (T, H, W, a+b+c)."""
     t, h, w = parts
@@ -163,7 +183,8 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, rope: Rope, magnitudes: tuple[Tensor | None, ...], *angles: Tensor) -> Tensor:
         ctx.rope, ctx.magnitudes = rope, magnitudes
         ctx.save_for_backward(*angles)
-        return _rotate_chunks(z, [AxisTable(a, m) for a, m in zip(angles, magnitudes, strict=True)], rope)
+        axes = [AxisTable(a, m) for a, m in zip(angles, magnitudes, strict=True)]
+        return _rotate_chunks(z, axes, rope, torch.empty_like(z, memory_format=torch.contiguous_format))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,15 +193,17 @@ class _Rotate(torch.autograd.Function):
         return turned, None, None, None, None, None
 
 
-def _rotate_chunks(z: Tensor, axes: list[AxisTable], rope: Rope) -> Tensor:
+def _rotate_chunks(
+    z: Tensor, axes: list[AxisTable], rope: Rope, out: Tensor, prepared: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Write z (B, n, …), chunk by chunk through `prepared` where given, rotated into `out` (B, n, heads, D)."""
     grid = tuple(axis.angles.shape[0] for axis in axes)
     wide = torch.complex128 if z.dtype == torch.float64 else torch.complex64
     units = [torch.polar(_magnitude(axis.magnitude, axis.angles), axis.angles).to(wide) for axis in axes]
-    out = torch.empty_like(z, memory_format=torch.contiguous_format)
     source, target = (v.unflatten(1, grid) for v in (z, out))
     used = sum(rope.axes)
     row_bytes = grid[2] * (used // 2) * (16 if wide == torch.complex128 else 8)
-    limit = TABLE_BYTES if z.device.type == "cpu" else 8 * TABLE_BYTES
+    limit = TABLE_BYTES if z.device.type == "cpu" else 32 * TABLE_BYTES
     rows = max(1, min(grid[1], limit // row_bytes))
     for y in range(0, grid[1], rows):
         table = _combined(
@@ -189,9 +212,12 @@ def _rotate_chunks(z: Tensor, axes: list[AxisTable], rope: Rope) -> Tensor:
         split = rope.axes[0] // 2
         for t in range(grid[0]):
             table[..., :split] = units[0][t]
-            _turn(source[:, t : t + 1, y : y + rows], target[:, t : t + 1, y : y + rows], table[..., None, :], rope)
-    if used < z.shape[-1]:
-        out[..., used:] = z[..., used:]
+            chunk = source[:, t : t + 1, y : y + rows]
+            chunk = chunk if prepared is None else prepared(chunk)
+            place = target[:, t : t + 1, y : y + rows]
+            _turn(chunk, place, table[..., None, :], rope)
+            if used < out.shape[-1]:
+                place[..., used:] = chunk[..., used:]
     return out
 
 

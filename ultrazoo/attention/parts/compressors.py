@@ -137,11 +137,9 @@ class LiftModule(nn.Module):
             self.conv = _ConvWeights(site.inner, (3, 3, 3), Centre())
 
     def forward(self, y: Tensor, size: Sequence[int], traced: bool = False) -> Tensor:
-        interpolation: Literal["nearest", "bilinear"] = "nearest" if self.mode == "nearest" else "bilinear"
-        y = pool.lift(y, self.cell, size, interpolation, self.ragged, traced)
         if self.mode == "bilinear_conv3d":
-            y = pool.depthwise_conv3d(y, self.conv.weight, self.conv.bias)
-        return y
+            return pool.lift_conv3d(y, self.cell, size, self.conv.weight, self.conv.bias, self.ragged, traced)
+        return pool.lift(y, self.cell, size, self.mode, self.ragged, traced)
 
     def extra_repr(self) -> str:
         return f"{self.mode}, cell={self.cell}, ragged={self.ragged}"
