@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.cost.fakes import Range, Sampler
 from ultrazoo import registry
 from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.parts.coords import CoordsSpec
@@ -96,3 +97,29 @@ def test_a_model_costs_what_torch_counts(module, spec, grid, design):
     assert plan.totals.flops - convolutions == total - lifts
     assert lifts <= convolutions
     assert sum(parameter.numel() for parameter in model.parameters()) == plan.totals.parameters
+
+
+def test_alternatives_for_other_steps_are_parameters_of_the_plan():
+    grid = Grid(2, 12, 24)
+    sites = WAN.sites(grid)
+    sparse, dense = DESIGNS["paper"], DESIGNS["full"]
+    steps = [Range(0, 3, {0: dense, 1: dense}), Range(7, 9, {2: sparse})]
+    expanded = [Range(one.first, one.last, {i: s.expand(sites[i]) for i, s in one.layers.items()}) for one in steps]
+    attention = [sparse, sparse, dense]
+    plan = price(
+        WAN, sites, [s.expand(site) for s, site in zip(attention, sites, strict=True)], grid=grid, steps=expanded,
+        sampling=Sampler(10),
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Wan(WAN, attention, grid, steps)
+    assert sum(parameter.numel() for parameter in model.parameters()) == plan.totals.parameters
+    with torch.device("meta"):
+        total = 0
+        for step in range(10):
+            model.select(step, 10)
+            flops, lifts = counted(model, *inputs(WAN, grid))
+            total += flops - lifts
+    # sparse layers at each step: none, then layers 0 and 1, then all three
+    runs = 4 * 0 + 3 * 2 + 3 * 3
+    convolutions = sum(branch.other_flops for branch in plan.layers[0].branches)
+    assert plan.clip.flops - runs * convolutions == total
