@@ -11,6 +11,7 @@ from ultrazoo.attention.branched import BranchedSpec, BranchSpec
 from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.parts.layouts import StridedSpec, WindowsSpec
 from ultrazoo.attention.ultragen import UltraGenSpec
+from ultrazoo.backbones.dit import DitSpec
 from ultrazoo.backbones.wan import WanSpec
 from ultrazoo.cost import price
 from ultrazoo.grid import Grid
@@ -134,3 +135,11 @@ def test_t3_on_one_h20_is_predicted_within_a_fifth():
     twice = 72.84 / 43.0
     predicted = 50 * (row.attention * twice + row.linear + row.memory)
     assert predicted == pytest.approx(1857, rel=0.2)
+
+
+def test_dit_xl_2_has_its_published_size():
+    """118.6 GMAC at 256 pixels (arXiv:2212.09748, table 4); 675.1 M parameters with its table of 256 positions."""
+    spec = DitSpec()
+    plan = priced([FullSpec()] * spec.layers, Grid(1, 16, 16), spec)
+    assert plan.totals.flops / 2e9 == pytest.approx(118.6, abs=0.05)
+    assert plan.totals.parameters + 256 * 1152 == 675_129_632
