@@ -183,6 +183,16 @@ def test_colour_only_on_a_terminal_and_without_no_color():
     assert "\x1b[" not in apart("list", "layout").out
 
 
+def test_a_bar_only_on_a_terminal(place):
+    shown = on_terminal("build", "tiny.yaml", "-o", "a")
+    assert "writing" in shown
+    assert "\x1b[" in shown
+    plain = apart("build", "tiny.yaml", "-o", "b")
+    assert "writing" not in plain.out + plain.err
+    assert "\x1b" not in plain.out + plain.err
+    assert "\x1b[3" not in on_terminal("build", "tiny.yaml", "-o", "c", env={"NO_COLOR": "1"})
+
+
 @pytest.mark.parametrize("line", [["--help"], ["list"], ["list", "plugins"], ["list", "recipes"], ["build", "--help"]])
 def test_quick_and_without_torch(line):
     code = (

@@ -50,17 +50,18 @@ def size(path: Path) -> int:
         return 0
 
 
-def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
+def interrupt(process: subprocess.Popen[str], number: int = signal.SIGINT) -> tuple[str, str]:
     """Ctrl-C, and what the process says until its end."""
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     return process.communicate(timeout=60)
 
 
-def test_interrupt_leaves_nothing(slow):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_interrupt_leaves_nothing(slow, number):
     process = start("build", "slow.yaml", cwd=slow)
     half_way(process, slow)
-    out, err = interrupt(process)
+    out, err = interrupt(process, number)
     assert process.returncode == 130
     assert err.rstrip().endswith("interrupted")
     assert "Traceback" not in err
@@ -113,5 +114,7 @@ def test_interrupt_while_torch_is_imported(place):
     time.sleep(0.6)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    # quicker machines may be done by then
-    assert process.returncode in (0, 130), err
+    # quicker machines may be done by then; interrupted inside a C extension's import, Python leaves by the signal itself,
+    # which a shell shows as 130 too
+    assert process.returncode in (0, 130, -signal.SIGINT), err
+    assert "Traceback" not in err

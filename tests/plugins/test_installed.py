@@ -88,7 +88,7 @@ def test_a_build_remembers_its_plugins(env, tmp_path, capsys, monkeypatch):
     assert shown.returncode == 0, shown.stderr
     # here the plugins are not installed: the message says what to install
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="pip install .*ultrazoo-rolling"):
+    with pytest.raises(UsageError, match=r"pip install .*ultrazoo-rolling"):
         ultrazoo.from_pretrained("outputs/small")
     assert main(["plan", "outputs/small/recipe.yaml"]) == 2
     told = capsys.readouterr().err

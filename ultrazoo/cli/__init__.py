@@ -7,8 +7,11 @@ one message on stderr; `--debug` adds the traceback.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .out import ReaderGone
 
@@ -43,10 +46,28 @@ def _run(arguments: list[str]) -> int:
     from .app import hoisted, program
 
     rest, settings = hoisted(arguments)
-    result = program(settings).main(args=rest, prog_name="ultrazoo", standalone_mode=False)
+    with _terminable():
+        result = program(settings).main(args=rest, prog_name="ultrazoo", standalone_mode=False)
     if result == INTERRUPTED:
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Treat SIGTERM, with which schedulers end a job, as Ctrl-C: what is half done is tidied up."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(error: Exception, debug: bool) -> tuple[str, int]:

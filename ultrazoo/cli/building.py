@@ -29,7 +29,10 @@ def command(
     device: str = typer.Option("cpu", "--device", help="cpu, or meta: build without allocating and write nothing."),
     json: bool = common.JSON,
 ) -> None:
-    """Build a recipe: check it, price it, make or load every parameter, save the model with its plan and report."""
+    """Build a recipe into a directory.
+
+    It is checked and priced; every parameter is made or loaded and written, with the plan, a report and a model card.
+    """
     if device not in DEVICES:
         hint = near(device, DEVICES) or "weights are made on the CPU, the same everywhere"
         raise UsageError(f"--device is one of {', '.join(DEVICES)}, got {device!r}; {hint}")
@@ -83,7 +86,7 @@ def _write(plan: Plan, directory: Path, force: bool, json: bool) -> None:
     with bar("writing") as advance:
         report = assemble.build_directory(plan, directory, force=force, progress=advance, extra_files=pages(plan))
     seconds = time.perf_counter() - start
-    files = [{"name": path.name, "bytes": path.stat().st_size} for path in sorted(directory.iterdir())]
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     if json:
         out.emit(
             {
@@ -92,14 +95,14 @@ def _write(plan: Plan, directory: Path, force: bool, json: bool) -> None:
                 "directory": str(directory),
                 "parameters": plan.totals.parameters,
                 "seconds": round(seconds, 3),
-                "files": files,
+                "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
                 "weights": report.data() if report is not None else None,
             }
         )
         return
     if report is not None:
         out.echo(str(report))
-    out.echo(out.table([[str(directory / str(row["name"])), out.size(int(row["bytes"]))] for row in files], right="lr"))
+    out.echo(out.table([[str(directory / name), out.size(size)] for name, size in sizes.items()], right="lr"))
     out.echo(f"built {plan.name} in {units.duration(seconds)}")
 
 

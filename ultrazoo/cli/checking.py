@@ -13,7 +13,10 @@ NAME = "check"
 
 
 def command(arguments: list[str] = common.RECIPES, json: bool = common.JSON) -> None:
-    """Check recipes: all problems at once, exit code 2 when there is any."""
+    """Show all problems of recipes at once.
+
+    The exit code is 2 when there is any.
+    """
     from .. import api
 
     recipes, overrides = common.split(arguments, verb="check", many=True)

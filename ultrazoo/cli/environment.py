@@ -34,7 +34,10 @@ PACKAGES = (
 
 
 def command(json: bool = common.JSON) -> None:
-    """Print versions, devices, kernels (with the reason where one cannot run) and plugins."""
+    """Print versions, devices, kernels and plugins.
+
+    A kernel that cannot run here says why.
+    """
     facts = gather()
     if json:
         out.emit(facts)

@@ -30,7 +30,10 @@ def command(
     seconds: float = typer.Option(60.0, "--timeout", help="Time limit of one import, in seconds.", min=0.1),
     json: bool = common.JSON,
 ) -> None:
-    """List parts, plugins, kernels or recipes. Nothing is imported for it, kernels and --check aside."""
+    """List parts, plugins, kernels or recipes.
+
+    Nothing is imported for it, kernels and --check aside.
+    """
     if what and what not in SUBJECTS:
         hint = near(what, SUBJECTS) or f"it is one of {', '.join(SUBJECTS)}"
         raise UsageError(f"nothing to list under {what!r}; {hint}")

@@ -35,7 +35,10 @@ def command(
     ),
     json: bool = common.JSON,
 ) -> None:
-    """Write a package that adds an attention, with its oracle; its tests pass as written."""
+    """Write a package that adds an attention.
+
+    It has one block, its oracle in fp64, and tests that pass as written.
+    """
     words = names(name)
     directory = output or Path(words["distribution"])
     files = write(directory, words)

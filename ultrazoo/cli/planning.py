@@ -14,7 +14,7 @@ def command(
     json: bool = common.JSON,
     layers: bool = typer.Option(False, "--layers", help="One row per layer instead of runs of equal layers."),
 ) -> None:
-    """Check and price recipes without building anything; several are put side by side."""
+    """Check and price recipes; several stand side by side."""
     from .. import api
 
     recipes, overrides = common.split(arguments, verb="plan", many=True)

@@ -16,7 +16,7 @@ NAME = "schema"
 def command(
     output: Path | None = typer.Option(None, "-o", "--output", help="Write to this file instead of stdout."),
 ) -> None:
-    """Print the JSON Schema of recipes, for editors and validators."""
+    """Print the JSON Schema of recipes, for editors."""
     from ..recipe import json_schema
 
     data = json_schema()

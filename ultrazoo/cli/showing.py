@@ -23,7 +23,10 @@ def command(
     force: bool = typer.Option(False, "--force", help="Overwrite pictures that exist."),
     json: bool = common.JSON,
 ) -> None:
-    """Draw who sees whom on the (T, H, W) grid: as text, or as pictures with -o."""
+    """Draw who sees whom, and what layers cost.
+
+    As text, or as pictures with -o.
+    """
     from .. import api
     from ..analysis.show import FORMS, show
 
