@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from tests.recipe.random_recipes import recipes
@@ -100,7 +101,7 @@ def test_rejected(validator: Draft202012Validator, changes: dict[str, Any]) -> N
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(source=recipes())
+@given(source=st.booleans().flatmap(recipes))
 def test_what_check_accepts_the_schema_accepts(validator: Draft202012Validator, source: dict[str, Any]) -> None:
     accepted = not list(validator.iter_errors(source))
     assert accepted or problems_of(source)

@@ -123,7 +123,7 @@ def _sites(work: _Work, backbone: BackboneSpec, grid: Grid) -> None:
 def _steps(work: _Work, read: sections.Sections) -> list[tuple[int, int, dict[int, Placed]]]:
     """Runs of sampling steps with one entry of ``steps`` each: first, last, specs per layer."""
     node = work.recipe.tree.get("steps")
-    if node is None:
+    if node is None or (isinstance(node, Map) and not node):
         return []
     if not isinstance(node, Map):
         rule = f"expected step keys with a layer map each, got {got(node)}"
