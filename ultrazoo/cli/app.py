@@ -68,7 +68,10 @@ def program(settings: Settings) -> Any:
         ),
         debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
         plugin: list[str] = typer.Option(
-            [], "--plugin", help="Load the parts of a local Python file.", metavar="FILE.py"
+            [],
+            "--plugin",
+            help="Load the parts of a local Python file. The import of a plugin may take ULTRAZOO_PLUGIN_SECONDS, 120 unless set; 0 sets no limit.",
+            metavar="FILE.py",
         ),
     ) -> None:
         # --debug and --plugin are declared for the help text; `hoisted` has taken them out of the line already
