@@ -341,7 +341,7 @@ def load_file(path: str | Path) -> list[Entry]:
     except (Exception, SystemExit) as error:  # someone else's file may raise anything
         del sys.modules[module_name]
         raise RegistryError(f"--plugin {path}: {cause(error)}") from error
-    specs = [
+    specs: list[Any] = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == module_name and _is_spec(value)

@@ -43,11 +43,11 @@ def interpolate(tree: Map) -> list[Problem]:
             node: Any = config
             for key in keys:
                 node = node[key]
-            value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            made: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         except (OmegaConfBaseException, RecursionError, TypeError, KeyError) as error:
             problems.append(_problem(keys, text, mark, error, tree))
             continue
-        child, bad = from_plain(value, mark)
+        child, bad = from_plain(made, mark)
         problems += [problem.under(_shown(keys)) for problem in bad]
         total += size(child) + (len(child) if isinstance(child, str) else 0)
         if total > LARGEST:
