@@ -18,6 +18,8 @@ from ultrazoo.testing import assert_close, dense, error_ratio, null_answers
 from ultrazoo.testing.scenario import Example, Scenario, pair_up
 
 EXACT = 1e-10
+# the exportable form makes interpolation weights in fp32
+EXPORTED = 1e-6
 
 
 def spec_of(node: dict[str, Any]) -> AttentionSpec:
@@ -46,7 +48,7 @@ def assert_equals_oracle(spec: AttentionSpec, site: Site, **options: Any) -> Sce
         if "pt2" in traits.export and all(n >= low for n, low in zip(site.grid, traits.min_grid, strict=True)):
             with export_form(scenario.runner, "pt2"):
                 for name, got, reference in pair_up(scenario.run(), expected):
-                    assert_close(f"{name}, exportable form", got, reference, EXACT)
+                    assert_close(f"{name}, exportable form", got, reference, EXPORTED)
     return scenario
 
 
@@ -111,7 +113,7 @@ fuses = st.sampled_from(
 grids = st.tuples(st.integers(1, 3), st.integers(3, 7), st.integers(3, 7))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(a=branches, b=branches, fuse=fuses, grid=grids, layer=st.integers(0, 1), extra=st.booleans())
 def test_random_designs_have_problems_or_equal_the_oracle(
     a: dict[str, Any], b: dict[str, Any], fuse: dict[str, Any], grid: tuple[int, int, int], layer: int, extra: bool
