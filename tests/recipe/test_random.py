@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tests.recipe.random_recipes import recipes
-from tests.recipe.samples import problems_of
+from tests.recipe.samples import problems_of, small
 from ultrazoo import assemble, recipe
 from ultrazoo.errors import RecipeError
+from ultrazoo.recipe.sections import SECTIONS
 
 few_filters = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
@@ -44,3 +45,60 @@ def test_what_has_no_problems_builds(source: dict[str, Any]) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in model.parameters()) == model.plan.totals.parameters
     event("built")
+
+
+words = [
+    "name",
+    "full",
+    "wan",
+    "branched",
+    "branches",
+    "*",
+    "0-2",
+    "cycle",
+    "layout",
+    "windows",
+    "counts",
+    "space",
+    "seed",
+]
+words += [
+    "choice",
+    "preset",
+    "grid",
+    "steps",
+    "path",
+    "${seed}",
+    "${oc.env:HOME}",
+    "extends",
+    "dit_tiny",
+    "video.grid",
+    "",
+]
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(words) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(words), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=few_filters)
+@given(st.dictionaries(st.sampled_from([*SECTIONS, "nope"]), anything, max_size=8), st.booleans())
+def test_any_data_in_any_section_is_a_recipe_or_has_problems(source: dict[str, Any], whole: bool) -> None:
+    source = {**small(), **source} if whole else source
+    found = problems_of(source)
+    if found:
+        with pytest.raises(RecipeError) as caught:
+            recipe.resolve(recipe.load(source))
+        assert str(caught.value)
+    else:
+        assert recipe.make_plan(recipe.resolve(recipe.load(source))).hash
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text("abd.=*[]{}:,'\"&! ${}0-9/attention", max_size=30))
+def test_any_override_is_applied_or_has_problems(override: str) -> None:
+    found = problems_of(small(), override)
+    if not found:
+        assert recipe.make_plan(recipe.resolve(recipe.load(small(), [override]))).hash
+    assert all(problem.rule for problem in found)

@@ -18,6 +18,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 HEAD = tuple(row.name for row in declared(Head))
 SECTIONS = (*HEAD, "extends", "video", "sampling", "backbone", "attention", "steps", "weights", "search")
 
+MOST_CHOICES = 1000
+"""Most values of one searched path: each is tried when the recipe is checked."""
+
 
 @dataclass(frozen=True)
 class Sections:
@@ -52,9 +55,20 @@ def read(tree: Map, name: str) -> tuple[Sections, list[Problem]]:
     shown = ""
     if backbone is not None:
         shown = backbone_label(backbone)
-        backbone, found = parse_part("backbone", backbone, "backbone")
+        backbone, found = _backbone(backbone)
     problems += found
     return Sections(head, video, sampling, backbone, shown, weights), problems
+
+
+def _backbone(node: Any) -> tuple[BackboneSpec | None, list[Problem]]:
+    """The backbone and what is wrong with it. Without its wrong options it still tells layers and sizes, so that the
+    rest of the recipe is checked in the same run."""
+    spec, problems = parse_part("backbone", node, "backbone")
+    if spec is None and isinstance(node, Map):
+        wrong = {problem.path.split(".")[1] for problem in problems if "." in problem.path}
+        if wrong and "name" not in wrong:
+            spec, _ = parse_part("backbone", {key: node[key] for key in node if key not in wrong}, "backbone")
+    return spec, problems
 
 
 def backbone_label(node: Any) -> str:
@@ -135,7 +149,8 @@ def _domain(what: Any) -> list[Problem]:
     if not isinstance(values, Seq) or not values:
         return [Problem(form, f"expected a list, got {got(values)}")]
     if form == "choice":
-        return []
+        too_many = len(values) > MOST_CHOICES
+        return [Problem(form, f"{len(values)} choices, at most {MOST_CHOICES}")] if too_many else []
     if not all(type(value) in (int, float) for value in values) or len(values) not in (2, 3):
         return [Problem(form, f"expected [low, high] or [low, high, step], got {got(values)}")]
     low, high, *step = values
