@@ -66,7 +66,7 @@ _TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("compress", "avg_pool", "attention.parts.compressors:AvgPoolSpec", "the mean of each cell", ()),
     ("compress", "stride", "attention.parts.compressors:StrideSpec", "the first token of each cell", ("uniform",)),
     ("compress", "depthwise_conv", "attention.parts.compressors:DepthwiseConvSpec", "a learned mean per channel", ()),
-    ("fuse", "weights", "attention.parts.fuse:WeightsSpec", "fixed or learned weights", ("mean", "sum")),
+    ("fuse", "weights", "attention.parts.fuse:WeightsSpec", "fixed or learned weights; the mean by default", ("mean",)),
     ("fuse", "time_gate", "attention.parts.fuse:TimeGateSpec", "gates from the diffusion time (UltraGen)", ()),
     ("fuse", "token_gate", "attention.parts.fuse:TokenGateSpec", "gates from each token", ()),
     ("fuse", "lse", "attention.parts.fuse:LseSpec", "one softmax over the keys of all branches", ()),
