@@ -244,3 +244,14 @@ def test_parts_that_no_layer_uses_are_checked_too() -> None:
 
 def test_a_good_recipe_has_no_problems() -> None:
     assert problems_of(small(attention={"*": branched()})) == []
+
+
+def test_a_wrong_backbone_option_hides_nothing_else() -> None:
+    written = {
+        "name": "several",
+        "video": {"width": 1921, "height": 1088, "frames": 81},
+        "backbone": {"name": "wan", "preset": "t2v_1_3b", "headz": 3},
+        "attention": {"*": "full", "27-30": "full"},
+    }
+    paths = [problem.path for problem in check(load(written))]
+    assert sorted(paths) == ["attention.27-30", "backbone.headz", "video.width"]
