@@ -150,7 +150,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"search": {"spaces": {}}}, "search.spaces", "did you mean 'space'?"),
     ({"search": 3}, "search", "expected a mapping"),
     ({"search": {"space": {"attention.*.nope": {"choice": [1]}}}}, "search.space.attention.*.nope", "names nothing"),
-    ({"search": {"space": {"attention.*.nam": {"choice": [1]}}}}, "search.space.attention.*.nam", "did you mean"),
+    ({"search": {"space": {"attention.*.nme": {"choice": [1]}}}}, "search.space.attention.*.nme", "did you mean"),
     ({"search": {"space": {"seed": {"choice": [1]}}}}, "search.space.seed", "names nothing"),
     (
         {"search": {"space": {"attention.*": {"choose": ["full"]}}}},
@@ -253,5 +253,5 @@ def test_a_wrong_backbone_option_hides_nothing_else() -> None:
         "backbone": {"name": "wan", "preset": "t2v_1_3b", "headz": 3},
         "attention": {"*": "full", "27-30": "full"},
     }
-    paths = [problem.path for problem in check(load(written))]
+    paths = [problem.path for problem in problems_of(written)]
     assert sorted(paths) == ["attention.27-30", "backbone.headz", "video.width"]
