@@ -182,7 +182,7 @@ def test_specs_in_data_are_taken_as_they_are() -> None:
         ({"branches": {"a": {"adapt": {"rank": 3}}}}, "branches.a.adapt", "'adapt' has no 'name'"),
         ({"branches": {"a": {"adapt": "sharde"}}}, "branches.a.adapt", "did you mean 'shared'?"),
         ({"branches": {"a": {"adapt": 3}}}, "branches.a.adapt", "expected one of shared, lora"),
-        ({"branches": {"a": {"coords": {"origin": "gird"}}}}, "branches.a.coords.origin", "did you mean 'grid'?"),
+        ({"branches": {"a": {"coords": {"origin": "gridd"}}}}, "branches.a.coords.origin", "did you mean 'grid'?"),
         ({"branches": {"a": {"coords": {"scale": 0}}}}, "branches.a.coords.scale", "more than 0"),
         ({"branches": {"a": {"coords": {"scale": 8}}}}, "branches.a.coords.scale", "less than 8"),
         ({"branches": {"a": {"coords": []}}}, "branches.a.coords", "expected a mapping"),

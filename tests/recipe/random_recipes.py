@@ -32,7 +32,7 @@ class Maker:
     def options(self, **fields: Strategy) -> Strategy:
         """Any selection of the options, sometimes with one that nobody knows."""
         chosen = st.fixed_dictionaries({}, optional={key: self.slip(value) for key, value in fields.items()})
-        more = self.slip(st.just({}), {"unknwon": 1})
+        more = self.slip(st.just({}), {"unknownn": 1})
         return st.builds(lambda a, b: {**a, **b}, chosen, more)
 
     def named(self, name: str, needed: dict[str, Strategy] | None = None, **fields: Strategy) -> Strategy:
@@ -79,7 +79,7 @@ class Maker:
         return self.cycled(self.slip(one, "ful", "acme/none", {"kernel": "auto"}))
 
     def layer_map(self) -> Strategy:
-        keys = self.slip(choice(["odd", "0", "0-2", "1-5/2", "last2", "0-1,5"]), "7", "frist", "0,9")
+        keys = self.slip(choice(["odd", "0", "0-2", "1-5/2", "last2", "0-1,5"]), "7", "fisrt_", "0,9")
         more = st.dictionaries(keys, self.attention(), max_size=1)
         return st.builds(lambda rest, found: {"*": rest, **found}, self.attention(), more)
 

@@ -255,3 +255,8 @@ def test_a_wrong_backbone_option_hides_nothing_else() -> None:
     }
     paths = [problem.path for problem in problems_of(written)]
     assert sorted(paths) == ["attention.27-30", "backbone.headz", "video.width"]
+
+
+def test_a_wrong_backbone_value_makes_no_problems_elsewhere() -> None:
+    found = problems_of(small(backbone=wan(layers="six"), attention={"0-5": "full"}))
+    assert [problem.path for problem in found] == ["backbone.layers"]

@@ -96,7 +96,7 @@ def test_any_data_in_any_section_is_a_recipe_or_has_problems(source: dict[str, A
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text("abd.=*[]{}:,'\"&! ${}0-9/attention", max_size=30))
+@given(st.text("adb.=*[]{}:,'\"&! ${}0-9/attention", max_size=30))
 def test_any_override_is_applied_or_has_problems(override: str) -> None:
     found = problems_of(small(), override)
     if not found:

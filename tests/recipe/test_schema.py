@@ -89,7 +89,7 @@ def test_what_is_laid_over_others_need_not_be_whole(validator: Draft202012Valida
         {"attention": {"*": branched(a={"compress": {"name": "avg_pool", "factor": -2}})}},
         {"attention": {"*": branched(a={"compress": {"name": "avg_pool", "factor": [2, 0]}})}},
         {"attention": {"*": branched(a={"adapt": {"name": "lorra"}})}},
-        {"attention": {"*": branched(a={"coords": {"origin": "gird"}})}},
+        {"attention": {"*": branched(a={"coords": {"origin": "gridd"}})}},
         {"steps": {"0-1": "full"}},
         {"search": {"space": {"seed": {"choose": [1]}}}},
         {"search": {"space": {"seed": {"range": [1]}}}},

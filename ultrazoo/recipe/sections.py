@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import Problem, listed, near
+from .. import registry
+from ..errors import Problem, RegistryError, listed, near
 from ..options import declared, got, join, parse, parse_part
 from ..spec import BackboneSpec, Video
 from .resolved import SCHEMA, Head, Sampling, WeightsSource
@@ -61,13 +62,17 @@ def read(tree: Map, name: str) -> tuple[Sections, list[Problem]]:
 
 
 def _backbone(node: Any) -> tuple[BackboneSpec | None, list[Problem]]:
-    """The backbone and what is wrong with it. Without its wrong options it still tells layers and sizes, so that the
-    rest of the recipe is checked in the same run."""
+    """The backbone and what is wrong with it. Where only unknown options are, it still tells layers and sizes, so that
+    the rest of the recipe is checked in the same run; a wrong value would make problems elsewhere that are none.
+    """
     spec, problems = parse_part("backbone", node, "backbone")
-    if spec is None and isinstance(node, Map):
-        wrong = {problem.path.split(".")[1] for problem in problems if "." in problem.path}
-        if wrong and "name" not in wrong:
-            spec, _ = parse_part("backbone", {key: node[key] for key in node if key not in wrong}, "backbone")
+    if spec is None and isinstance(node, Map) and isinstance(node.get("name"), str):
+        try:
+            cls = registry.find("backbone", node["name"])
+        except RegistryError:
+            return None, problems
+        known = {"name", "preset", *(row.name for row in declared(cls))}
+        spec, _ = parse_part("backbone", {key: value for key, value in node.items() if key in known}, "backbone")
     return spec, problems
 
 
