@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from ultrazoo.attention.contract import export_form
 from ultrazoo.grid import Grid
 from ultrazoo.options import parse_part
 from ultrazoo.spec import AttentionSpec, Rope, Site
-from ultrazoo.testing import assert_close, dense, error_ratio, null_answers
+from ultrazoo.testing import assert_close, error_ratio, null_answers
 from ultrazoo.testing.scenario import Example, Scenario, pair_up
 
 EXACT = 1e-10

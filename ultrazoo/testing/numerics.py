@@ -98,7 +98,8 @@ class Numerics(ContractBase):
             given = dict(zip(names, parameters, strict=True))
             return torch.func.functional_call(runner.attention, given, (x, runner.host, call))
 
-        assert torch.autograd.gradcheck(answer, (scenario.x.requires_grad_(), *values), fast_mode=True)
+        inputs = (scenario.x.requires_grad_(), *values)
+        assert torch.autograd.gradcheck(answer, inputs, fast_mode=True, check_undefined_grad=False)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
     @picked(mark="gpu")
