@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.oracles.branched import branched
+from ultrazoo.attention.branched import BranchedSpec
 from ultrazoo.attention.contract import export_form
 from ultrazoo.grid import Grid
 from ultrazoo.options import parse_part
 from ultrazoo.spec import AttentionSpec, Rope, Site
-from ultrazoo.testing import assert_close, error_ratio, null_answers
+from ultrazoo.testing import assert_close, contract_suite, dense, error_ratio, null_answers
 from ultrazoo.testing.scenario import Example, Scenario, pair_up
 
 EXACT = 1e-10
@@ -125,3 +127,90 @@ def test_random_designs_have_problems_or_equal_the_oracle(
     problems = spec.problems(site)
     assume(not problems)
     assert_equals_oracle(spec, site, extra=extra)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"name": "whole"},
+        {"name": "windows", "counts": 1},
+        {"name": "windows", "size": [3, 5, 7]},
+        {"name": "windows", "size": [9, 9, 9]},
+        {"name": "strided", "counts": [1, 1, 1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shift", ["none", "roll"])
+def test_a_window_as_large_as_the_grid_is_full_attention(layout: dict[str, Any], shift: str) -> None:
+    shifted = {} if layout["name"] in ("whole", "strided") else {"shift": {"name": shift}}
+    spec = spec_of({"branches": {"only": {"layout": layout, **shifted}}})
+    site = site_of((3, 5, 7))
+    assert spec.problems(site) == []
+    scenario = Scenario(Example(spec, site, "window"), torch.float64, extra=True)
+    with torch.no_grad():
+        for name, got, reference in pair_up(scenario.run(), dense(scenario.case())):
+            assert_close(name, got, reference, EXACT)
+
+
+PAIR = {"a": {"layout": {"name": "windows", "counts": 2}}, "b": {"layout": {"name": "strided", "counts": [1, 3, 2]}}}
+DESIGNS = {
+    "t3 with learned weights": {"branches": PAIR, "fuse": {"name": "weights", "learned": True}},
+    "swin by size": {
+        "branches": {"a": {"layout": {"name": "windows", "size": [2, 2, 3]}, "shift": {"name": "roll"}}},
+    },
+    "swin by count, joined with coarse keys": {
+        "branches": {
+            "a": {"layout": {"name": "windows", "counts": 2}, "shift": {"name": "roll"}},
+            "b": {"compress": {"name": "stride", "factor": 2, "of": "keys"}},
+        },
+        "fuse": {"name": "lse"},
+    },
+    "stretched rope": {
+        "branches": {
+            "a": {"coords": {"rule": "yarn"}},
+            "b": {"compress": {"name": "avg_pool", "factor": 2, "of": "keys"}, "coords": {"rule": "ntk"}},
+        },
+        "fuse": {"name": "token_gate", "per": "head", "act": "softmax"},
+    },
+    "cells in time": {
+        "branches": {
+            "a": {
+                "compress": {"name": "depthwise_conv", "factor": [2, 2, 3]},
+                "adapt": {"name": "own"},
+                "coords": {"origin": "window", "cell": "centre"},
+                "layout": {"name": "windows", "counts": [1, 2, 1]},
+                "shift": {"name": "repartition"},
+            },
+            "b": {"layout": {"name": "windows", "size": [1, 3, 3]}},
+        },
+        "fuse": {"name": "time_gate", "order": ["a", "b"], "per": "scalar"},
+    },
+}
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", list(DESIGNS))
+def test_designs_export_with_dynamic_sizes(name: str) -> None:
+    """Beyond what `examples()` hold: every rule of an axis, fusion and rope through `torch.export`."""
+    spec = spec_of(DESIGNS[name])
+    example = Example(spec, site_of((3, 5, 7)), name)
+    suite = contract_suite(BranchedSpec, oracle=branched)()
+    assert "pt2" in spec.traits().export
+    suite.test_exports_with_dynamic_sizes(example)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", list(DESIGNS))
+def test_designs_keep_the_whole_contract(name: str) -> None:
+    """The parts of the contract that random designs leave out: gradients, influence, counts."""
+    example = Example(spec_of(DESIGNS[name]), site_of((3, 5, 7)), name)
+    suite = contract_suite(BranchedSpec, oracle=branched)()
+    suite.test_output_equals_the_oracle(example, torch.float32)
+    suite.test_gradients_equal_the_oracle_s(example)
+    suite.test_only_visible_tokens_matter(example)
+    suite.test_pairs_equal_what_reaches_the_kernel(example)
+    suite.test_flops_are_counted(example)
+    suite.test_parameters_are_counted(example)
+    suite.test_invalid_tokens_are_never_keys(example)
+    suite.test_two_forwards_before_a_backward_under_checkpointing(example)
+    assert example.expanded.problems(example.site) == []

@@ -97,7 +97,9 @@ class Branch(nn.Module):
         valid = None if call.key_valid is None else call.key_valid.unflatten(1, call.grid)
         coarse = z if self.compress is None else self.compress(z, traced)  # (B, t, h, w, C)
         if valid is not None and spec.compress is not None:
-            valid = pool.cells(valid, spec.compress.cell, spec.compress.ragged, traced).any(6).any(4).any(2)
+            members = pool.cells(valid, spec.compress.cell, spec.compress.ragged, traced)
+            first = spec.compress.reads == "first"
+            valid = members[:, :, 0, :, 0, :, 0] if first else members.any(6).any(4).any(2)
         keys = coarse
         queries = z if spec.compress is not None and spec.compress.of == "keys" else coarse
         if place is not None and place.k_grid != place.coarse_k:

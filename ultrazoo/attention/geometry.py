@@ -69,11 +69,11 @@ def axis_positions(cut: AxisCut, factor: int, origin: str, cell: str) -> list[fl
 # --- influence ------------------------------------------------------------------------------------------------------
 
 
-def _cells(length: int, factor: int, count: int) -> np.ndarray:
-    """(count, length): which tokens make up a cell."""
+def _cells(length: int, factor: int, count: int, used: int) -> np.ndarray:
+    """(count, length): which tokens make up a cell; its first `used` matter."""
     matrix = np.zeros((count, length), dtype=bool)
     for i in range(count):
-        matrix[i, i * factor : (i + 1) * factor] = True
+        matrix[i, i * factor : i * factor + used] = True
     return matrix
 
 
@@ -111,7 +111,8 @@ def axis_influence(place: Geometry, axis: int, compress: CompressSpec | None) ->
     """(L, L) bool of one axis: may the output at a row depend on the input at a column? The three axes multiply."""
     length = place.grid[axis]
     factor = 1 if compress is None else compress.cell[axis]
-    cells = _cells(length, factor, place.coarse_k[axis])
+    used = 1 if compress is not None and compress.reads == "first" else factor
+    cells = _cells(length, factor, place.coarse_k[axis], used)
     keys = _product(_resize(place.coarse_k[axis], place.k_grid[axis]), cells)
     seen = _product(_same_window(place.q_cuts[axis], place.k_cuts[axis]), keys)
     if compress is not None and compress.of == "keys":

@@ -142,7 +142,9 @@ def scores(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tensor:
 
 
 def attend(logits: Tensor, v: Tensor) -> Tensor:
-    """``softmax(logits) v``: (B, heads, n, m), (B, m, heads, D) → (B, n, heads*D)."""
-    shifted = torch.exp(logits - logits.amax(-1, keepdim=True).detach())
-    weights = shifted / shifted.sum(-1, keepdim=True)
+    """``softmax(logits) v``: (B, heads, n, m), (B, m, heads, D) → (B, n, heads*D). A row without any key is zero."""
+    largest = logits.amax(-1, keepdim=True).detach()
+    shifted = torch.exp(logits - largest.masked_fill(largest == float("-inf"), 0.0))
+    total = shifted.sum(-1, keepdim=True)
+    weights = shifted / total.masked_fill(total == 0, 1.0)
     return torch.cat([weights[:, i] @ v[:, :, i] for i in range(v.shape[2])], dim=-1)

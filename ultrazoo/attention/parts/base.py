@@ -82,6 +82,8 @@ class CompressSpec(Spec):
 
     kind: ClassVar[str] = "compress"
     default_lift: ClassVar[Lift] = "bilinear"
+    reads: ClassVar[Literal["all", "first"]] = "all"
+    """Which tokens of a cell matter."""
 
     factor: Any = 2
     of: Literal["both", "keys"] = "both"

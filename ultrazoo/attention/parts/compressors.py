@@ -56,6 +56,7 @@ class StrideSpec(_CellSpec):
     """The first token of each cell. No parameters."""
 
     name: ClassVar[str] = "stride"
+    reads: ClassVar[Literal["all", "first"]] = "first"
     source: ClassVar[str] = "PixArt-Sigma, arXiv 2403.04692 (uniform sampling)"
 
     def compressor(self, site: Site) -> nn.Module:
