@@ -21,4 +21,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype)
     scale = (norm.square() / x.shape[-1] + eps).rsqrt()
     normed = (x * scale).to(x.dtype)
-    return normed if weight is None else normed * weight
+    if weight is None:
+        return normed
+    return normed * weight if torch.is_grad_enabled() else normed.mul_(weight)
