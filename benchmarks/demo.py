@@ -67,7 +67,7 @@ def run(cold: bool) -> Row:
     allowed = 1.3 * size + 1.5 * GIGABYTE
     numbers = {
         "wall_s": round(first.wall_s, 1),
-        "second_wall_s": round(second.wall_s, 1),
+        "second_wall_s": round(second.wall_s, 2),
         "build_peak_anon_gb": round(build / GIGABYTE, 2),
         "allowed_anon_gb": round(allowed / GIGABYTE, 2),
         "peak_anon_with_installer_gb": round(first.peak_anon / GIGABYTE, 2),
