@@ -27,7 +27,6 @@ Tree = Any
 """Annotation of an option that is a name or a nested list of names: ``[a, [b, c]]``."""
 
 
-
 def option(
     default: Any = dataclasses.MISSING,
     doc: str = "",
