@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,14 +116,24 @@ grids = st.tuples(st.integers(1, 3), st.integers(3, 7), st.integers(3, 7))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(a=branches, b=branches, fuse=fuses, grid=grids, layer=st.integers(0, 1), extra=st.booleans())
+@given(
+    a=branches, b=branches, fuse=fuses, grid=grids, layer=st.integers(0, 1), extra=st.booleans(), halves=st.booleans()
+)
 def test_random_designs_have_problems_or_equal_the_oracle(
-    a: dict[str, Any], b: dict[str, Any], fuse: dict[str, Any], grid: tuple[int, int, int], layer: int, extra: bool
+    a: dict[str, Any],
+    b: dict[str, Any],
+    fuse: dict[str, Any],
+    grid: tuple[int, int, int],
+    layer: int,
+    extra: bool,
+    halves: bool,
 ) -> None:
     """Never a third thing: what `problems` lets through computes what the formula says."""
     spec, found = parse_part("attention", {"name": "branched", "branches": {"a": a, "b": b}, "fuse": fuse})
     assume(not found)
     site = site_of(grid, layer=layer)
+    assert site.rope is not None
+    site = site.at(rope=replace(site.rope, pairing="halves" if halves else "interleaved"))
     assert isinstance(spec, AttentionSpec)
     problems = spec.problems(site)
     assume(not problems)
