@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..grid import Grid
 from ..ops import pool
 from ..ops.partition import AxisRule, axis_index
-from ..ops.runs import AxisCut
+from ..ops.runs import AxisCut, Span, in_parts
 from ..spec import Site
 from .contract import Call, Extra, Host, Positions, grid_positions
 from .geometry import Geometry, axis_positions, geometry
-from .grouped import attend_cuts, attend_rules
+from .grouped import attend_cuts, attend_rules, slab_tokens
 from .parts.adapt import LoraSpec, OwnSpec, SharedSpec, adapted, base_projections, own_projections
 from .parts.compressors import LiftModule
 
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 
 class Shared:
-    """What branches of one call share: the host's projections of the unchanged input, and its heads per coordinates."""
+    """What branches of one call share: the host's projections of the unchanged input, and its heads per coordinates.
 
-    def __init__(self, host: Host, x: Tensor, z: Tensor, traced: bool):
-        self.host, self.x, self.z, self.traced = host, x, z, traced
+    `private`: one branch at most wants them, so it may project piece by piece.
+    """
+
+    def __init__(self, host: Host, x: Tensor, z: Tensor, traced: bool, private: bool):
+        self.host, self.x, self.z, self.traced, self.private = host, x, z, traced, private
         self._raw: dict[str, Tensor] = {}
         self._heads: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -104,6 +107,10 @@ class Branch(nn.Module):
         queries = z if spec.compress is not None and spec.compress.of == "keys" else coarse
         if place is not None and place.k_grid != place.coarse_k:
             keys = queries = pool.resize(coarse, place.k_grid)
+        if place is not None and queries is keys and extra is None and not lse:
+            slabs = self._slabs(queries, z, place, shared)
+            if slabs:
+                return self._back(self._by_slabs(queries, slabs, place, host, valid), place, call), None
         q, k, v = self._heads(queries, keys, z, host, shared, place)
         q, k, v = q.unflatten(1, queries.shape[1:4]), k.unflatten(1, keys.shape[1:4]), v.unflatten(1, keys.shape[1:4])
         common: dict[str, Any] = {"extra": extra, "key_valid": valid, "lse": lse, "kernel": self.kernel}
@@ -112,12 +119,57 @@ class Branch(nn.Module):
             y, found = attend_rules(q, k, v, rules, rules, same_grid=queries is keys, **common)
         else:
             y, found = attend_cuts(q, k, v, place.q_cuts, place.k_cuts, **common)
-        y = y.flatten(4)  # (B, t, h, w, heads*D)
+        return self._back(y.flatten(4), place, call), found
+
+    def _back(self, y: Tensor, place: Geometry | None, call: Call) -> Tensor:
+        """(B, t, h, w, heads*D) as attended → (B, T, H, W, heads*D)."""
         if self.lift is None:
-            return (y if place is None else pool.resize(y, place.grid)), found
-        if place is not None and spec.compress is not None and spec.compress.ragged == "exact":
+            return y if place is None else pool.resize(y, place.grid)
+        if place is not None and self.lift.ragged == "exact":
             y = pool.resize(y, place.coarse_q)
-        return self.lift(y, call.grid, traced), found
+        return self.lift(y, call.grid, place is None)  # type: ignore[no-any-return]
+
+    def _slabs(self, tokens: Tensor, z: Tensor, place: Geometry, shared: Shared) -> list[Span]:
+        """Runs of window rows to project and attend one after the other; none where all at once is as good.
+
+        Without gradients nobody needs a branch's queries, keys and values as a whole, unless it shares them.
+        """
+        if tokens.requires_grad and torch.is_grad_enabled():
+            return []
+        if (tokens is z and not shared.private) or place.q_cuts[1].stride > 1 or torch.compiler.is_compiling():
+            return []
+        batch, frames, _, columns, _ = tokens.shape
+        row = batch * frames * columns * self.site.width * tokens.element_size()
+        rows = slab_tokens(tokens.device, row) // place.q_cuts[1].longest
+        spans = in_parts(place.q_cuts[1], max(1, rows)).spans()
+        return spans if len(spans) > len(place.q_cuts[1].runs) else []
+
+    def _by_slabs(self, tokens: Tensor, slabs: list[Span], place: Geometry, host: Host, valid: Tensor | None) -> Tensor:
+        """(B, t, h, w, C) → (B, t, h, w, heads*D), window row by window row."""
+        coords = self.spec.coords
+        extent = None if coords.rule == "none" else self._extent(tokens, tokens, place)
+        at = self._positions(tokens, place, extent, compressed=self.compress is not None, of_keys=True)
+        y = tokens.new_empty(*tokens.shape[:4], self.site.inner)
+        for span in slabs:
+            rows = slice(span.start, span.stop)
+            part = tokens[:, :, rows]
+            flat = part.flatten(1, 3)
+            raw = self._private(flat, host)
+            q, k, v = _three(host.heads(*raw, at._replace(h=at.h[rows])))
+            cuts = (place.q_cuts[0], AxisCut(((span.count, span.size),)), place.q_cuts[2])
+            grid = part.shape[1:4]
+            known = None if valid is None else valid[:, :, rows]
+            out, _ = attend_cuts(
+                *(u.unflatten(1, grid) for u in (q, k, v)), cuts, cuts, key_valid=known, kernel=self.kernel
+            )
+            y[:, :, rows] = out.flatten(4)
+        return y
+
+    def _private(self, x: Tensor, host: Host) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw q, k, v (B, n, width) of x (B, n, C), shared with nobody."""
+        if isinstance(self.spec.adapt, OwnSpec):
+            return own_projections(self.adapt, x, x)
+        return adapted(self.adapt, base_projections(self.spec.adapt, host, x), x, x)
 
     def _rules(self) -> tuple[AxisRule, AxisRule, AxisRule]:
         return self.spec.layout.rules(self.site.layer, self.spec.shift)

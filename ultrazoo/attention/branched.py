@@ -354,7 +354,9 @@ class BranchedAttention(Attention):
             # what stands in an invalid token must not leak through cells and lifts
             x = x.masked_fill(~call.key_valid.unsqueeze(-1), 0.0)
         z = x.unflatten(1, call.grid)  # (B, T, H, W, C)
-        shared = Shared(host, x, z, self.traced)
+        wanting = sum(not branch.compresses_queries for branch in spec.branches.values())
+        private = wanting <= 1 and call.extra is None and not getattr(host, "shares_projections", False)
+        shared = Shared(host, x, z, self.traced, private)
         outputs: dict[str, Tensor] = {}
         lse: dict[str, Tensor] = {}
         done: dict[Any, str] = {}

@@ -194,6 +194,8 @@ class _Raw:
 class HeadSlice:
     """A host that shows one head group: projections stay whole (norms may run over all heads), heads are picked after."""
 
+    shares_projections = True
+
     def __init__(self, raw: _Raw, heads: tuple[int, ...]):
         self.raw, self.picked = raw, heads
 

@@ -55,20 +55,61 @@ def attend_cuts(
     pairs = [aligned(a, b) for a, b in zip(q_cuts, k_cuts, strict=True)]
     q_cuts = (pairs[0][0], pairs[1][0], pairs[2][0])
     k_cuts = (pairs[0][1], pairs[1][1], pairs[2][1])
-    masks: list[Tensor | None] = [None] * len(partition._rectangles(k_cuts))
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return _attend_slabs(q, k, v, q_cuts, k_cuts, extra, key_valid, lse, kernel)
+    masks: list[Tensor | None] = [None] * len(partition.rectangles(k_cuts))
     if key_valid is not None:
         masks = list(partition.token_windows(key_valid, k_cuts))
-    outs, lses = [], []
-    for qw, kw, vw, mask in zip(
-        *(partition.windows(z, c) for z, c in ((q, q_cuts), (k, k_cuts), (v, k_cuts))), masks, strict=True
-    ):
-        out, found = _attend(qw, kw, vw, mask, extra, lse, kernel)
-        outs.append(out)
-        lses.append(found)
-    y = partition.unwindows(outs, q_cuts, batch)
+    laid_out = [partition.windows(z, cuts) for z, cuts in ((q, q_cuts), (k, k_cuts), (v, k_cuts))]
+    found = [_attend(*one, extra, lse, kernel) for one in zip(*laid_out, masks, strict=True)]
+    y = partition.unwindows([out for out, _ in found], q_cuts, batch)
     if not lse:
         return y, None
-    return y, partition.unwindows([found.unsqueeze(-1) for found in lses if found is not None], q_cuts, batch)
+    return y, partition.unwindows([one.unsqueeze(-1) for _, one in found if one is not None], q_cuts, batch)
+
+
+SLAB_BYTES = {"cpu": 1 << 24}
+"""Most bytes of queries handled at a time without gradients, per kind of device; on a CPU small enough that the memory
+allocator hands the same pages out again."""
+SLAB_BYTES_ELSEWHERE = 1 << 30
+
+
+def slab_tokens(device: torch.device, token_bytes: int) -> int:
+    """How many tokens of so many bytes to handle at a time without gradients."""
+    return SLAB_BYTES.get(device.type, SLAB_BYTES_ELSEWHERE) // token_bytes
+
+
+def _attend_slabs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_cuts: Cuts,
+    k_cuts: Cuts,
+    extra: Extra | None,
+    key_valid: Tensor | None,
+    lse: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The same without gradients: some windows at a time, so that copies stay small, each written to its place."""
+    token_bytes = q.shape[0] * q.shape[4] * q.shape[5] * q.element_size()
+    q_cuts, k_cuts = partition.slabs(q_cuts, k_cuts, slab_tokens(q.device, token_bytes))
+    blocks = list(zip(partition.rectangles(q_cuts), partition.rectangles(k_cuts), strict=True))
+    masks = [None] * len(blocks) if key_valid is None else partition.token_windows(key_valid, k_cuts)
+    q, k, v = partition.reordered(q, q_cuts), partition.reordered(k, k_cuts), partition.reordered(v, k_cuts)
+    y = q.new_empty(*q.shape[:5], v.shape[5])
+    norms = q.new_empty(*q.shape[:5], 1, dtype=torch.promote_types(q.dtype, torch.float32)) if lse else None
+    for (at, keys), mask in zip(blocks, masks, strict=True):
+        laid_out = (partition.rectangle_windows(z, place) for z, place in ((q, at), (k, keys), (v, keys)))
+        out, found = _attend(*laid_out, mask, extra, lse, kernel)
+        if len(blocks) == 1 and all(span.count == 1 for span in at):
+            # one window: its output is the answer as it stands
+            y = out.transpose(1, 2).unflatten(1, q.shape[1:4])
+        else:
+            partition.put_rectangle(y, out, at)
+        if norms is not None and found is not None:
+            partition.put_rectangle(norms, found.unsqueeze(-1), at)
+    y = partition.reordered(y, q_cuts, inverse=True)
+    return y, None if norms is None else partition.reordered(norms, q_cuts, inverse=True)
 
 
 def attend_rules(

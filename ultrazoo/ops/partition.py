@@ -16,16 +16,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .runs import AxisCut, Span
+from .runs import AxisCut, Span, in_parts
 
 Cuts = tuple[AxisCut, AxisCut, AxisCut]
 
 
-def _rectangles(cuts: Cuts) -> list[tuple[Span, Span, Span]]:
+Rectangle = tuple[Span, Span, Span]
+
+
+def rectangles(cuts: Cuts) -> list[Rectangle]:
+    """The dense blocks of equal windows that the cuts make, in t, h, w order."""
     return list(itertools.product(*(cut.spans() for cut in cuts)))
 
 
-def _reorder(z: Tensor, cuts: Cuts, inverse: bool = False) -> Tensor:
+def reordered(z: Tensor, cuts: Cuts, inverse: bool = False) -> Tensor:
+    """(B, T, H, W, …) with the tokens of strided axes window by window, or back again."""
     for axis, cut in enumerate(cuts):
         order = cut.order()
         if order is not None:
@@ -34,18 +39,52 @@ def _reorder(z: Tensor, cuts: Cuts, inverse: bool = False) -> Tensor:
     return z
 
 
+def rectangle_windows(z: Tensor, rectangle: Rectangle) -> Tensor:
+    """One rectangle of reordered tokens (B, T, H, W, heads, D) → (B*groups, heads, tokens, D), batch outermost."""
+    t, h, w = rectangle
+    # (B, ct, st, ch, sh, cw, sw, heads, D)
+    piece = z[:, t.start : t.stop, h.start : h.stop, w.start : w.stop]
+    piece = piece.unflatten(3, (w.count, w.size)).unflatten(2, (h.count, h.size)).unflatten(1, (t.count, t.size))
+    piece = piece.permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
+    groups = z.shape[0] * t.count * h.count * w.count
+    return piece.reshape(groups, z.shape[4], t.size * h.size * w.size, z.shape[5])
+
+
+def _as_block(piece: Tensor, rectangle: Rectangle, batch: int) -> Tensor:
+    """(B*groups, heads, tokens, D) → a view (B, ct, st, ch, sh, cw, sw, heads, D)."""
+    t, h, w = rectangle
+    view = piece.unflatten(2, (t.size, h.size, w.size)).unflatten(0, (batch, t.count, h.count, w.count))
+    return view.permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
+
+
+def put_rectangle(whole: Tensor, piece: Tensor, rectangle: Rectangle) -> None:
+    """Write the windows of one rectangle to their place in reordered tokens `whole` (B, T, H, W, heads, D)."""
+    t, h, w = rectangle
+    place = whole[:, t.start : t.stop, h.start : h.stop, w.start : w.stop]
+    place = place.unflatten(3, (w.count, w.size)).unflatten(2, (h.count, h.size)).unflatten(1, (t.count, t.size))
+    place.copy_(_as_block(piece, rectangle, whole.shape[0]))
+
+
+def slabs(queries: Cuts, keys: Cuts, tokens: int) -> tuple[Cuts, Cuts]:
+    """The same windows in rectangles of at most `tokens` queries, where whole windows allow it: split along H, then T.
+
+    Run i of `queries` and run i of `keys` must have the same number of windows, and keep it.
+    """
+    t, h, w = queries
+    row = t.length * w.length
+    if row * h.length <= tokens:
+        return queries, keys
+    rows = max(1, tokens // (row * h.longest))
+    h, key_h = in_parts(h, rows), in_parts(keys[1], rows)
+    frame = w.length * max(count * size for count, size in h.runs)
+    frames = max(1, tokens // (frame * t.longest))
+    return (in_parts(t, frames), h, w), (in_parts(keys[0], frames), key_h, keys[2])
+
+
 def windows(z: Tensor, cuts: Cuts) -> list[Tensor]:
     """(B, T, H, W, heads, D) → one (B*groups, heads, tokens, D) per rectangle of equal windows, batch outermost."""
-    z = _reorder(z, cuts)
-    pieces = []
-    for t, h, w in _rectangles(cuts):
-        # (B, ct, st, ch, sh, cw, sw, heads, D)
-        piece = z[:, t.start : t.stop, h.start : h.stop, w.start : w.stop]
-        piece = piece.unflatten(3, (w.count, w.size)).unflatten(2, (h.count, h.size)).unflatten(1, (t.count, t.size))
-        piece = piece.permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
-        groups = z.shape[0] * t.count * h.count * w.count
-        pieces.append(piece.reshape(groups, z.shape[4], t.size * h.size * w.size, z.shape[5]))
-    return pieces
+    z = reordered(z, cuts)
+    return [rectangle_windows(z, rectangle) for rectangle in rectangles(cuts)]
 
 
 def token_windows(z: Tensor, cuts: Cuts) -> list[Tensor]:
@@ -54,34 +93,16 @@ def token_windows(z: Tensor, cuts: Cuts) -> list[Tensor]:
 
 
 def unwindows(pieces: Sequence[Tensor], cuts: Cuts, batch: int) -> Tensor:
-    """The inverse of `windows`: pieces back to (B, T, H, W, heads, D)."""
-    spans = _rectangles(cuts)
-    views = []
-    for piece, (t, h, w) in zip(pieces, spans, strict=True):
-        view = piece.unflatten(2, (t.size, h.size, w.size)).unflatten(0, (batch, t.count, h.count, w.count))
-        # (B, ct, ch, cw, heads, st, sh, sw, D) → (B, ct, st, ch, sh, cw, sw, heads, D)
-        views.append(view.permute(0, 1, 5, 2, 6, 3, 7, 4, 8))
-    if len(views) == 1:
-        whole = views[0].flatten(5, 6).flatten(3, 4).flatten(1, 2)
-    elif torch.is_grad_enabled() and pieces[0].requires_grad:
-        whole = _joined([view.flatten(5, 6).flatten(3, 4).flatten(1, 2) for view in views], cuts)
-    else:
-        shape = (batch, *(cut.length for cut in cuts), *pieces[0].shape[1::2])
-        whole = pieces[0].new_empty(shape)
-        for view, (t, h, w) in zip(views, spans, strict=True):
-            place = whole[:, t.start : t.stop, h.start : h.stop, w.start : w.stop]
-            place.unflatten(3, (w.count, w.size)).unflatten(2, (h.count, h.size)).unflatten(1, (t.count, t.size)).copy_(
-                view
-            )
-    return _reorder(whole, cuts, inverse=True)
-
-
-def _joined(blocks: list[Tensor], cuts: Cuts) -> Tensor:
-    """Concatenate rectangles along W, then H, then T (rectangles come in t, h, w order)."""
+    """The inverse of `windows`: pieces back to (B, T, H, W, heads, D), differentiable."""
+    blocks = []
+    for piece, rectangle in zip(pieces, rectangles(cuts), strict=True):
+        blocks.append(_as_block(piece, rectangle, batch).flatten(5, 6).flatten(3, 4).flatten(1, 2))
+    # rectangles come in t, h, w order: join along W, then H, then T
     for axis in (3, 2, 1):
-        runs = len(cuts[axis - 1].runs)
-        blocks = [torch.cat(blocks[i : i + runs], dim=axis) for i in range(0, len(blocks), runs)]
-    return blocks[0]
+        count = len(cuts[axis - 1].runs)
+        if count > 1:
+            blocks = [torch.cat(blocks[i : i + count], dim=axis) for i in range(0, len(blocks), count)]
+    return reordered(blocks[0], cuts, inverse=True)
 
 
 # --- the index form -------------------------------------------------------------------------------------------------

@@ -171,17 +171,26 @@ def _conv_frames(
         for t in range(frames):
             after = plane(b, t + 1) if t + 1 < frames else None
             frame = F.conv2d(here, taps[1], bias, padding=1, groups=channels)
-            if before is not None:
-                frame += F.conv2d(before, taps[0], padding=1, groups=channels)
-            if after is not None:
-                frame += F.conv2d(after, taps[2], padding=1, groups=channels)
-                before, here = here, after
-            out[b, t] = frame[0].permute(1, 2, 0)
+            beside = [(plane_, tap) for plane_, tap in ((before, taps[0]), (after, taps[2])) if plane_ is not None]
+            # (1, C, H, W) view of the frame's place: the last tap is added on the way there
+            place = out[b, t : t + 1].permute(0, 3, 1, 2)
+            for i, (plane_, tap) in enumerate(beside):
+                found = F.conv2d(plane_, tap, padding=1, groups=channels)
+                torch.add(frame, found, out=place if i + 1 == len(beside) else frame)
+            if not beside:
+                place.copy_(frame)
+            before, here = here, after
     return out
 
 
 def lift_conv3d(
-    x: Tensor, cell: Cell, size: Sequence[int], weight: Tensor, bias: Tensor, ragged: Ragged = "exact", traced: bool = False
+    x: Tensor,
+    cell: Cell,
+    size: Sequence[int],
+    weight: Tensor,
+    bias: Tensor,
+    ragged: Ragged = "exact",
+    traced: bool = False,
 ) -> Tensor:
     """Bilinear `lift`, then `depthwise_conv3d`: (B, t, h, w, C) → (B, *size, C).
 

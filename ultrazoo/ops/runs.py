@@ -106,6 +106,15 @@ def merged(sizes: list[int]) -> Runs:
     return tuple(runs)
 
 
+def in_parts(cut: AxisCut, most: int) -> AxisCut:
+    """The same windows with no run of more than `most` of them."""
+    runs: list[tuple[int, int]] = []
+    for count, size in cut.runs:
+        full, rest = divmod(count, most)
+        runs += [(most, size)] * full + [(rest, size)] * (rest > 0)
+    return AxisCut(tuple(runs), cut.stride)
+
+
 def whole(length: int) -> AxisCut:
     return AxisCut(((1, length),))
 

@@ -216,7 +216,11 @@ class _TimeGate(nn.Module):
         gate = next(gates)
         first = self._merge(order[0], outputs, gates)
         second = self._merge(order[1], outputs, gates)
-        return torch.lerp(second, first, gate.to(second.dtype))
+        if torch.is_grad_enabled() or any(
+            second is not one and second.data_ptr() == one.data_ptr() for one in outputs.values()
+        ):
+            return torch.lerp(second, first, gate.to(second.dtype))
+        return second.lerp_(first, gate.to(second.dtype))
 
 
 def over_grid(value: Tensor, grid: tuple[int, int, int]) -> Tensor:
