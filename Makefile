@@ -11,6 +11,7 @@ UV := $(BIN)/uv
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 WORKERS ?= 2
+BENCH ?= benchmarks
 ARGS ?=
 SOURCES := $(shell find ultrazoo $(wildcard recipes) -name '*.py' -o -name '*.yaml')
 DEMO := outputs/ultragen_4k
@@ -45,7 +46,7 @@ proof: $(DEV) ## the full matrix of expensive proofs
 
 .PHONY: bench
 bench: $(DEV) ## the benchmark suite; results under benchmarks/results
-	$(BIN)/pytest benchmarks -m "not gpu" $(ARGS)
+	$(BIN)/pytest $(BENCH) -m "not gpu" $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## ruff, ruff format, mypy, codespell

@@ -45,7 +45,7 @@ def _threads() -> Iterator[None]:
 @pytest.fixture
 def command(request: pytest.FixtureRequest) -> str:
     """The command that repeats this measurement."""
-    return f"make bench ARGS={shlex.quote(request.node.nodeid)}"
+    return f"make bench BENCH={shlex.quote(request.node.nodeid)}"
 
 
 @pytest.fixture
