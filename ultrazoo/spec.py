@@ -147,7 +147,7 @@ class Traits:
     start: Start
     needs: frozenset[str] = frozenset()
     exact_at_init: bool = False
-    export: tuple[str, ...] = EXPORT_TARGETS
+    export: tuple[str, ...] = ("pt2",)
     visible: Literal["exact", "upper bound"] = "exact"
     extra: bool = True
     key_valid: bool = True

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import Grid
-from ..ops import pool
-from ..ops.partition import AxisRule, axis_index
-from ..ops.runs import AxisCut, Span, in_parts
+from ..ops import partition, pool
+from ..ops.partition import AxisRule, Rectangle, axis_index
+from ..ops.runs import AxisCut
 from ..spec import Site
 from .contract import Call, Extra, Host, Positions, grid_positions
 from .geometry import Geometry, axis_positions, geometry
@@ -129,40 +129,39 @@ class Branch(nn.Module):
             y = pool.resize(y, place.coarse_q)
         return self.lift(y, call.grid, place is None)  # type: ignore[no-any-return]
 
-    def _slabs(self, tokens: Tensor, z: Tensor, place: Geometry, shared: Shared) -> list[Span]:
-        """Runs of window rows to project and attend one after the other; none where all at once is as good.
+    def _slabs(self, tokens: Tensor, z: Tensor, place: Geometry, shared: Shared) -> list[Rectangle]:
+        """Blocks of windows to project and attend one after the other; none where all at once is as good.
 
         Without gradients nobody needs a branch's queries, keys and values as a whole, unless it shares them.
         """
         if tokens.requires_grad and torch.is_grad_enabled():
             return []
-        if (tokens is z and not shared.private) or place.q_cuts[1].stride > 1 or torch.compiler.is_compiling():
+        strided = any(cut.stride > 1 for cut in place.q_cuts)
+        if (tokens is z and not shared.private) or strided or torch.compiler.is_compiling():
             return []
-        batch, frames, _, columns, _ = tokens.shape
-        row = batch * frames * columns * self.site.width * tokens.element_size()
-        rows = slab_tokens(tokens.device, row) // place.q_cuts[1].longest
-        spans = in_parts(place.q_cuts[1], max(1, rows)).spans()
-        return spans if len(spans) > len(place.q_cuts[1].runs) else []
+        most = slab_tokens(tokens.device, tokens.shape[0] * self.site.width * tokens.element_size())
+        cuts, _ = partition.slabs(place.q_cuts, place.q_cuts, most)
+        return [] if cuts == place.q_cuts else partition.rectangles(cuts)
 
-    def _by_slabs(self, tokens: Tensor, slabs: list[Span], place: Geometry, host: Host, valid: Tensor | None) -> Tensor:
-        """(B, t, h, w, C) → (B, t, h, w, heads*D), window row by window row."""
+    def _by_slabs(
+        self, tokens: Tensor, slabs: list[Rectangle], place: Geometry, host: Host, valid: Tensor | None
+    ) -> Tensor:
+        """(B, t, h, w, C) → (B, t, h, w, heads*D), block by block."""
         coords = self.spec.coords
         extent = None if coords.rule == "none" else self._extent(tokens, tokens, place)
         at = self._positions(tokens, place, extent, compressed=self.compress is not None, of_keys=True)
         y = tokens.new_empty(*tokens.shape[:4], self.site.inner)
-        for span in slabs:
-            rows = slice(span.start, span.stop)
-            part = tokens[:, :, rows]
-            flat = part.flatten(1, 3)
-            raw = self._private(flat, host)
-            q, k, v = _three(host.heads(*raw, at._replace(h=at.h[rows])))
-            cuts = (place.q_cuts[0], AxisCut(((span.count, span.size),)), place.q_cuts[2])
-            grid = part.shape[1:4]
-            known = None if valid is None else valid[:, :, rows]
+        for block in slabs:
+            t, h, w = (slice(span.start, span.stop) for span in block)
+            part = tokens[:, t, h, w]
+            raw = self._private(part.flatten(1, 3), host)
+            q, k, v = _three(host.heads(*raw, at._replace(t=at.t[t], h=at.h[h], w=at.w[w])))
+            cuts = tuple(AxisCut(((span.count, span.size),)) for span in block)
+            known = None if valid is None else valid[:, t, h, w]
             out, _ = attend_cuts(
-                *(u.unflatten(1, grid) for u in (q, k, v)), cuts, cuts, key_valid=known, kernel=self.kernel
+                *(u.unflatten(1, part.shape[1:4]) for u in (q, k, v)), cuts, cuts, key_valid=known, kernel=self.kernel
             )
-            y[:, :, rows] = out.flatten(4)
+            y[:, t, h, w] = out.flatten(4)
         return y
 
     def _private(self, x: Tensor, host: Host) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ token where a window is short and says so in a key mask: it exports with symboli
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -66,19 +67,23 @@ def put_rectangle(whole: Tensor, piece: Tensor, rectangle: Rectangle) -> None:
 
 
 def slabs(queries: Cuts, keys: Cuts, tokens: int) -> tuple[Cuts, Cuts]:
-    """The same windows in rectangles of at most `tokens` queries, where whole windows allow it: split along H, then T.
+    """The same windows in rectangles of at most `tokens` queries, where whole windows allow it: split along H, W, T.
 
     Run i of `queries` and run i of `keys` must have the same number of windows, and keep it.
     """
-    t, h, w = queries
-    row = t.length * w.length
-    if row * h.length <= tokens:
-        return queries, keys
-    rows = max(1, tokens // (row * h.longest))
-    h, key_h = in_parts(h, rows), in_parts(keys[1], rows)
-    frame = w.length * max(count * size for count, size in h.runs)
-    frames = max(1, tokens // (frame * t.longest))
-    return (in_parts(t, frames), h, w), (in_parts(keys[0], frames), key_h, keys[2])
+    split = list(queries), list(keys)
+    widest = [cut.length for cut in queries]
+    for axis in (1, 2, 0):
+        cut = queries[axis]
+        if math.prod(widest) <= tokens:
+            break
+        others = math.prod(widest) // widest[axis]
+        most = max(1, tokens // (others * cut.longest))
+        for cuts in split:
+            cuts[axis] = in_parts(cuts[axis], most)
+        widest[axis] = max(count * size for count, size in split[0][axis].runs)
+    (qt, qh, qw), (kt, kh, kw) = split
+    return (qt, qh, qw), (kt, kh, kw)
 
 
 def windows(z: Tensor, cuts: Cuts) -> list[Tensor]:
