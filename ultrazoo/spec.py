@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 CONTRACT = 1
 """Version of the protocol below. A part says which one it speaks in `Spec.contract`."""
 
-EXPORT_TARGETS = ("pt2", "onnx", "torchscript", "aoti")
-
 Tree = Any
 """Annotation of an option that is a name or a nested list of names: ``[a, [b, c]]``."""
 
