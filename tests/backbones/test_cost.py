@@ -167,7 +167,9 @@ def test_peak_of_inference(chunk):
         predicted = cost.stream_elements + max(cost.layer_peak_elements[0], attention.peak_elements)
         with torch.no_grad():
             measured = peak_of(lambda model=model, inputs=inputs: model(*inputs)) / 4
-        assert measured == pytest.approx(predicted, rel=0.03 if chunk is None else 0.12), spec.name
+        # in chunks the norms of cross-attention decide: the formula counts the copies a GPU makes, a CPU scales in place
+        low = 0.97 if chunk is None else 0.8
+        assert low * predicted <= measured <= 1.03 * predicted, spec.name
 
 
 def test_chunks_lower_the_peak_and_nothing_else():

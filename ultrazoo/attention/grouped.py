@@ -96,18 +96,20 @@ def _attend_slabs(
     blocks = list(zip(partition.rectangles(q_cuts), partition.rectangles(k_cuts), strict=True))
     masks = [None] * len(blocks) if key_valid is None else partition.token_windows(key_valid, k_cuts)
     q, k, v = partition.reordered(q, q_cuts), partition.reordered(k, k_cuts), partition.reordered(v, k_cuts)
-    y = q.new_empty(*q.shape[:5], v.shape[5])
+    one_window = len(blocks) == 1 and all(span.count == 1 for span in blocks[0][0])
+    y = None if one_window else q.new_empty(*q.shape[:5], v.shape[5])
     norms = q.new_empty(*q.shape[:5], 1, dtype=torch.promote_types(q.dtype, torch.float32)) if lse else None
     for (at, keys), mask in zip(blocks, masks, strict=True):
         laid_out = (partition.rectangle_windows(z, place) for z, place in ((q, at), (k, keys), (v, keys)))
         out, found = _attend(*laid_out, mask, extra, lse, kernel)
-        if len(blocks) == 1 and all(span.count == 1 for span in at):
-            # one window: its output is the answer as it stands
+        if y is None or one_window:
+            # its output is the answer as it stands
             y = out.transpose(1, 2).unflatten(1, q.shape[1:4])
         else:
             partition.put_rectangle(y, out, at)
         if norms is not None and found is not None:
             partition.put_rectangle(norms, found.unsqueeze(-1), at)
+    assert y is not None
     y = partition.reordered(y, q_cuts, inverse=True)
     return y, None if norms is None else partition.reordered(norms, q_cuts, inverse=True)
 

@@ -216,11 +216,15 @@ class _TimeGate(nn.Module):
         gate = next(gates)
         first = self._merge(order[0], outputs, gates)
         second = self._merge(order[1], outputs, gates)
-        if torch.is_grad_enabled() or any(
-            second is not one and second.data_ptr() == one.data_ptr() for one in outputs.values()
+        gate = gate.to(second.dtype)
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or sum(second is one for one in outputs.values()) > 1
         ):
-            return torch.lerp(second, first, gate.to(second.dtype))
-        return second.lerp_(first, gate.to(second.dtype))
+            return torch.lerp(second, first, gate)
+        # nobody else wants this branch's output: its memory is the answer's
+        return second.lerp_(first, gate)
 
 
 def over_grid(value: Tensor, grid: tuple[int, int, int]) -> Tensor:
