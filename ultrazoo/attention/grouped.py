@@ -68,7 +68,7 @@ def attend_cuts(
     return y, partition.unwindows([one.unsqueeze(-1) for _, one in found if one is not None], q_cuts, batch)
 
 
-SLAB_BYTES = {"cpu": 1 << 24}
+SLAB_BYTES = {"cpu": 1 << 23}
 """Most bytes of queries handled at a time without gradients, per kind of device; on a CPU small enough that the memory
 allocator hands the same pages out again."""
 SLAB_BYTES_ELSEWHERE = 1 << 30

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec import Rope
 
-TABLE_BYTES = 1 << 18
+TABLE_BYTES = 1 << 17
 """Most bytes of a combined table of one chunk of tokens, in the eager path on a CPU (32 times that elsewhere)."""
 
 

@@ -146,7 +146,8 @@ def adapted(
         return base
     assert isinstance(module, nn.ModuleDict)
     q, k, v = base
-    return q + module["q"](x), k + module["k"](keys), v + module["v"](keys)
+    # a term of its own is fresh memory: the host's projection is added into it
+    return module["q"](x).add_(q), module["k"](keys).add_(k), module["v"](keys).add_(v)
 
 
 def own_projections(module: nn.Module | None, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
