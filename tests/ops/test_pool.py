@@ -77,7 +77,7 @@ def test_nearest_multiple_rounds_ties_down(length: int, count: int, nearest: int
     assert pool.nearest_multiple(length, count) == nearest
 
 
-@pytest.mark.parametrize("grid", [(1, 3, 4), (2, 5, 3), (4, 6, 7)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 3, 4), (2, 5, 3), (4, 6, 7), (2, 8, 3), (3, 17, 4), (1, 24, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_depthwise_conv3d_frame_by_frame_equals_conv3d(grid: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, bias = torch.randn(2, *grid, 8), torch.randn(8, 1, 3, 3, 3), torch.randn(8)

@@ -159,28 +159,47 @@ def depthwise_conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _conv_frames(x.shape, lambda b, t: x[b, t : t + 1].permute(0, 3, 1, 2), weight, bias, x)
 
 
+BAND_ROWS = 8
+"""Rows of a frame that a CPU convolves at a time: what passes between two steps stays in cache."""
+
+
 def _conv_frames(
     shape: Sequence[int], plane: Callable[[int, int], Tensor], weight: Tensor, bias: Tensor, like: Tensor
 ) -> Tensor:
     """The convolution of (B, T, H, W, C) frames that `plane` makes on demand, (1, C, H, W) each and at most three kept."""
-    channels, (batch, frames) = weight.shape[0], shape[:2]
+    batch, frames, rows = shape[:3]
     taps = [weight[:, :, i].contiguous(memory_format=torch.channels_last) for i in range(3)]
     out = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    band = BAND_ROWS if like.device.type == "cpu" else rows
     for b in range(batch):
         before, here = None, plane(b, 0)
         for t in range(frames):
             after = plane(b, t + 1) if t + 1 < frames else None
-            frame = F.conv2d(here, taps[1], bias, padding=1, groups=channels)
-            beside = [(plane_, tap) for plane_, tap in ((before, taps[0]), (after, taps[2])) if plane_ is not None]
-            # (1, C, H, W) view of the frame's place: the last tap is added on the way there
+            beside = [(one, tap) for one, tap in ((before, taps[0]), (after, taps[2])) if one is not None]
             place = out[b, t : t + 1].permute(0, 3, 1, 2)
-            for i, (plane_, tap) in enumerate(beside):
-                found = F.conv2d(plane_, tap, padding=1, groups=channels)
-                torch.add(frame, found, out=place if i + 1 == len(beside) else frame)
-            if not beside:
-                place.copy_(frame)
+            for top in range(0, rows, band):
+                _conv_band(place, (here, taps[1]), beside, bias, top, band)
             before, here = here, after
     return out
+
+
+def _conv_band(
+    place: Tensor, here: tuple[Tensor, Tensor], beside: list[tuple[Tensor, Tensor]], bias: Tensor, top: int, count: int
+) -> None:
+    """`count` rows from `top` of one frame's sum of two-dimensional convolutions, written to `place` (1, C, H, W)."""
+    rows = place.shape[2]
+    low, high = max(0, top - 1), min(rows, top + count + 1)
+    # a row of neighbours above and below is convolved too and cut off: only the frame's own edges see the padding
+    kept = slice(top - low, min(top + count, rows) - low)
+    target = place[:, :, top : top + count]
+    plane, tap = here
+    band = F.conv2d(plane[:, :, low:high], tap, bias, padding=1, groups=tap.shape[0])[:, :, kept]
+    for i, (plane, tap) in enumerate(beside):
+        found = F.conv2d(plane[:, :, low:high], tap, padding=1, groups=tap.shape[0])[:, :, kept]
+        # the last one is added on the way to its place
+        torch.add(band, found, out=target if i + 1 == len(beside) else band)
+    if not beside:
+        target.copy_(band)
 
 
 def lift_conv3d(
