@@ -41,6 +41,7 @@ class Description:
     name: str
     summary: str
     about: str
+    formula: str
     source: str
     origin: str
     aliases: tuple[str, ...]
@@ -70,6 +71,7 @@ def describe(name: str, kind: str | None = None) -> Description:
         name=row.name,
         summary=row.summary,
         about=inspect.cleandoc(cls.__doc__ or ""),
+        formula=getattr(cls, "formula", ""),
         source=cls.source,
         origin="built-in" if row.builtin else f"{row.distribution} {row.version}".rstrip(),
         aliases=row.aliases,

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .builtin import TABLE
 from .errors import RegistryError, listed, near
 from .spec import CONTRACT
 
@@ -50,43 +51,6 @@ class Entry:
         return self.status == "built-in"
 
 
-# kind, name, target (inside ultrazoo), summary, aliases
-_TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
-    ("attention", "full", "attention.full:FullSpec", "every token sees every token", ("dense",)),
-    ("attention", "original", "attention.original:OriginalSpec", "the host's own attention, untouched", ()),
-    ("attention", "by_head", "attention.by_head:ByHeadSpec", "head groups, each with an attention of its own", ()),
-    ("attention", "branched", "attention.branched:BranchedSpec", "branches side by side, fused", ()),
-    ("attention", "ultragen", "attention.ultragen:UltraGenSpec", "local, regional and global branches", ("UltraGen",)),
-    ("layout", "whole", "attention.parts.layouts:WholeSpec", "one group: the whole grid", ()),
-    ("layout", "windows", "attention.parts.layouts:WindowsSpec", "contiguous windows by count or size", ()),
-    ("layout", "strided", "attention.parts.layouts:StridedSpec", "every n-th token along an axis", ("grid", "remote")),
-    ("shift", "none", "attention.parts.shifts:NoShiftSpec", "the same windows in every layer", ()),
-    ("shift", "roll", "attention.parts.shifts:RollSpec", "odd layers move the window borders (Swin)", ("swin",)),
-    ("shift", "repartition", "attention.parts.shifts:RepartitionSpec", "K windows, K+1 on odd layers (UltraGen)", ()),
-    ("compress", "avg_pool", "attention.parts.compressors:AvgPoolSpec", "the mean of each cell", ()),
-    ("compress", "stride", "attention.parts.compressors:StrideSpec", "the first token of each cell", ("uniform",)),
-    ("compress", "depthwise_conv", "attention.parts.compressors:DepthwiseConvSpec", "a learned mean per channel", ()),
-    ("fuse", "weights", "attention.parts.fuse:WeightsSpec", "fixed or learned weights; the mean by default", ("mean",)),
-    ("fuse", "time_gate", "attention.parts.fuse:TimeGateSpec", "gates from the diffusion time (UltraGen)", ()),
-    ("fuse", "token_gate", "attention.parts.fuse:TokenGateSpec", "gates from each token", ()),
-    ("fuse", "lse", "attention.parts.fuse:LseSpec", "one softmax over the keys of all branches", ()),
-    ("kernel", "sdpa", "kernels.sdpa:SdpaSpec", "torch scaled_dot_product_attention", ()),
-    ("kernel", "math", "kernels.math:MathSpec", "plain matmul and softmax in query chunks", ("reference",)),
-    ("kernel", "flash_attn", "kernels.flash_attn:FlashAttnSpec", "the flash-attn package", ("fa2",)),
-    ("kernel", "xformers", "kernels.xformers:XformersSpec", "xformers memory-efficient attention", ()),
-    ("backbone", "wan", "backbones.wan:WanSpec", "Wan 2.1 and 2.2 text-to-video transformer", ()),
-    ("backbone", "dit", "backbones.dit:DitSpec", "class-conditional DiT, image and video", ("DiT",)),
-)
-
-_STARTS = {
-    "full": "exact",
-    "original": "exact",
-    "by_head": "as its groups do",
-    "branched": "needs tuning",
-    "ultragen": "needs tuning",
-}
-"""`Traits.start` of the built-in attentions with their defaults, in a word; a test compares them."""
-
 import_seconds: float | None = None
 """Longest time one plugin's import may take; None, the default in a library, sets no limit. The command line sets one.
 It holds on the main thread of a system with interval timers."""
@@ -104,16 +68,10 @@ def _version() -> str:
 @lru_cache(maxsize=1)
 def _builtins() -> dict[tuple[str, str], Entry]:
     return {
-        (kind, name): Entry(
-            kind,
-            name,
-            f"ultrazoo.{target}",
-            summary,
-            aliases,
-            version=_version(),
-            start=_STARTS.get(name, "") if kind == "attention" else "",
+        (row.kind, row.name): Entry(
+            row.kind, row.name, f"ultrazoo.{row.target}", row.summary, row.aliases, version=_version(), start=row.start
         )
-        for kind, name, target, summary, aliases in _TABLE
+        for row in TABLE
     }
 
 

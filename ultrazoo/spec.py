@@ -140,6 +140,9 @@ class Traits:
 
     `exact_at_init`: a fresh block equals full attention with the host's weights. `visible`: whether `Spec.visible` is
     exact or an upper bound. `min_grid`: the smallest (T, H, W) at which an export with dynamic sizes is valid.
+    `selects`: the data decides which keys a query visits, so pairs lie between `pairs_min` and `pairs_max` and kernels may
+    compute padding. `softmax`: all attention goes through the kernel door as pairs; False for linear, recurrent and
+    factored designs. `fullgraph`: compiles as one graph.
     """
 
     start: Start
@@ -150,6 +153,9 @@ class Traits:
     extra: bool = True
     key_valid: bool = True
     min_grid: tuple[int, int, int] = (2, 2, 2)
+    selects: bool = False
+    softmax: bool = True
+    fullgraph: bool = True
     notes: str = ""
 
 
@@ -225,6 +231,8 @@ class AttentionSpec(Spec):
 
     kind: ClassVar[str] = "attention"
     module: ClassVar[Any] = None
+    formula: ClassVar[str] = ""
+    """What is computed, in one line of plain text."""
 
     def expand(self, site: Site) -> AttentionSpec:
         """Named compositions return what they stand for at `site`; every other spec returns itself."""

@@ -119,7 +119,7 @@ def test_describe_gives_a_recipe_that_checks(capsys, place, kind, name):
 
 def test_describe_tells_kinds_apart(capsys):
     # an alias of one part, and the name of another
-    assert "shift roll" in here(capsys, "describe", "swin").out
+    assert "kernel math" in here(capsys, "describe", "reference").out
     assert "layout strided" in here(capsys, "describe", "grid").out
     assert here(capsys, "describe", "Dense").code == 0
 

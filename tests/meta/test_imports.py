@@ -16,6 +16,7 @@ ORDER = (
     "errors",
     "grid",
     "spec",
+    "builtin",
     "registry",
     "options",
     "catalog",

@@ -26,6 +26,7 @@ class FullSpec(AttentionSpec):
 
     name: ClassVar[str] = "full"
     source: ClassVar[str] = "Vaswani et al., arXiv 1706.03762"
+    formula: ClassVar[str] = "y = W_o softmax(Q K^T / sqrt(D)) V"
 
     kernel: str = option("auto", "a registered kernel, or auto")
 

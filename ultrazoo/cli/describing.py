@@ -32,6 +32,8 @@ def command(
     facts += [["exports to", ", ".join(found.export)]] if found.export else []
     out.echo(out.style(f"{found.kind} {found.name}", "bold") + f": {found.summary}")
     out.echo(out.table(facts, indent="  "))
+    if found.formula:
+        out.echo("\nformula\n  " + found.formula)
     if found.about:
         out.echo("\n" + found.about)
     if found.options:

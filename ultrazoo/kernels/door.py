@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,6 +42,13 @@ class Inputs:
     @property
     def needs_grad(self) -> bool:
         return torch.is_grad_enabled() and any(z.requires_grad for z in (self.q, self.k, self.v))
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs visited, over batch and heads."""
+        if self.block_map is not None:
+            return int(self.block_map.pairs(self.q.shape[0], self.q.shape[1]))
+        return math.prod(self.q.shape[:-1]) * self.k.shape[-2]
 
     def __str__(self) -> str:
         parts = [f"q {tuple(self.q.shape)}", f"k {tuple(self.k.shape)}", f"v {tuple(self.v.shape)}"]
@@ -107,11 +115,13 @@ class KernelSpec(Spec):
 
 @dataclass(frozen=True)
 class Run:
-    """One call that went through the door: the kernel and the shapes of q and k."""
+    """One call that went through the door: the kernel, the shapes of q and k, and the query-key pairs visited over batch
+    and heads."""
 
     kernel: str
     q: tuple[int, ...]
     k: tuple[int, ...]
+    pairs: int
 
 
 _RECORDS: contextvars.ContextVar[tuple[list[Run], ...]] = contextvars.ContextVar("ultrazoo_kernel_records", default=())
@@ -154,7 +164,7 @@ def attend(
     name, spec = _choose(inputs, kernel)
     if not _tracing():
         for runs in _RECORDS.get():
-            runs.append(Run(name, tuple(q.shape), tuple(k.shape)))
+            runs.append(Run(name, tuple(q.shape), tuple(k.shape), inputs.pairs))
     out, lse = spec.run(inputs)
     if not return_lse:
         return out

@@ -1,0 +1,56 @@
+"""The parts that ship, one row each: adding a part means its file and one row here.
+
+`target` is ``module:attribute`` inside ultrazoo, imported on first use. `start` is what `Traits.start` of an attention says
+with its minimal options, in a word, for lists that import nothing; a test compares them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One built-in part."""
+
+    kind: str
+    name: str
+    target: str
+    summary: str
+    aliases: tuple[str, ...] = ()
+    start: str = ""
+
+
+def _attention(name: str, target: str, summary: str, start: str, *aliases: str) -> Row:
+    return Row("attention", name, f"attention.{target}", summary, aliases, start)
+
+
+def _part(kind: str, name: str, target: str, summary: str, *aliases: str) -> Row:
+    return Row(kind, name, f"attention.parts.{target}", summary, aliases)
+
+
+TABLE: tuple[Row, ...] = (
+    _attention("full", "full:FullSpec", "every token sees every token", "exact", "dense"),
+    _attention("original", "original:OriginalSpec", "the host's own attention, untouched", "exact"),
+    _attention("by_head", "by_head:ByHeadSpec", "head groups, each with an attention of its own", "as its groups do"),
+    _attention("branched", "branched:BranchedSpec", "branches side by side, fused", "needs tuning"),
+    _attention("ultragen", "ultragen:UltraGenSpec", "local, regional and global branches", "needs tuning", "UltraGen"),
+    _part("layout", "whole", "layouts:WholeSpec", "one group: the whole grid"),
+    _part("layout", "windows", "layouts:WindowsSpec", "contiguous windows by count or size"),
+    _part("layout", "strided", "layouts:StridedSpec", "every n-th token along an axis", "grid", "remote"),
+    _part("shift", "none", "shifts:NoShiftSpec", "the same windows in every layer"),
+    _part("shift", "roll", "shifts:RollSpec", "odd layers move the window borders (Swin)"),
+    _part("shift", "repartition", "shifts:RepartitionSpec", "K windows, K+1 on odd layers (UltraGen)"),
+    _part("compress", "avg_pool", "compressors:AvgPoolSpec", "the mean of each cell"),
+    _part("compress", "stride", "compressors:StrideSpec", "the first token of each cell", "uniform"),
+    _part("compress", "depthwise_conv", "compressors:DepthwiseConvSpec", "a learned mean per channel"),
+    _part("fuse", "weights", "fuse:WeightsSpec", "fixed or learned weights; the mean by default", "mean"),
+    _part("fuse", "time_gate", "fuse:TimeGateSpec", "gates from the diffusion time (UltraGen)"),
+    _part("fuse", "token_gate", "fuse:TokenGateSpec", "gates from each token"),
+    _part("fuse", "lse", "fuse:LseSpec", "one softmax over the keys of all branches"),
+    Row("kernel", "sdpa", "kernels.sdpa:SdpaSpec", "torch scaled_dot_product_attention"),
+    Row("kernel", "math", "kernels.math:MathSpec", "plain matmul and softmax in query chunks", ("reference",)),
+    Row("kernel", "flash_attn", "kernels.flash_attn:FlashAttnSpec", "the flash-attn package", ("fa2",)),
+    Row("kernel", "xformers", "kernels.xformers:XformersSpec", "xformers memory-efficient attention"),
+    Row("backbone", "wan", "backbones.wan:WanSpec", "Wan 2.1 and 2.2 text-to-video transformer"),
+    Row("backbone", "dit", "backbones.dit:DitSpec", "class-conditional DiT, image and video", ("DiT",)),
+)
