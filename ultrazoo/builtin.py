@@ -49,6 +49,7 @@ TABLE: tuple[Row, ...] = (
     _part("fuse", "lse", "fuse:LseSpec", "one softmax over the keys of all branches"),
     Row("kernel", "sdpa", "kernels.sdpa:SdpaSpec", "torch scaled_dot_product_attention"),
     Row("kernel", "math", "kernels.math:MathSpec", "plain matmul and softmax in query chunks", ("reference",)),
+    Row("kernel", "gathered", "kernels.gathered:GatheredSpec", "block-sparse attention by gathered key blocks"),
     Row("kernel", "flash_attn", "kernels.flash_attn:FlashAttnSpec", "the flash-attn package", ("fa2",)),
     Row("kernel", "xformers", "kernels.xformers:XformersSpec", "xformers memory-efficient attention"),
     Row("backbone", "wan", "backbones.wan:WanSpec", "Wan 2.1 and 2.2 text-to-video transformer"),

@@ -21,7 +21,7 @@ from .. import registry
 from ..errors import KernelError
 from ..spec import Spec
 
-PREFERENCE = ("flash_attn", "sdpa", "math")
+PREFERENCE = ("flash_attn", "sdpa", "math", "gathered")
 """Order in which ``auto`` asks the built-in exact kernels."""
 
 
