@@ -239,12 +239,25 @@ class AttentionSpec(Spec):
         return self
 
     def cost(self, site: Site) -> Cost:
-        """Price this attention at `site`, batch 1, forward."""
+        """Price this attention at `site`, batch 1, forward. A named composition costs what it stands for."""
+        expanded = self.expand(site)
+        if expanded is not self:
+            return expanded.cost(site)
         raise TypeError(f"{type(self).__name__} does not say what it costs")
 
     def visible(self, site: Site, queries: Sequence[int] | None = None) -> np.ndarray:
         """Which tokens each query's output may depend on: bool (1 or heads, queries, N); None means all queries."""
+        expanded = self.expand(site)
+        if expanded is not self:
+            return expanded.visible(site, queries)
         raise TypeError(f"{type(self).__name__} does not say what it sees")
+
+    def reach(self, site: Site, tokens: np.ndarray) -> np.ndarray | None:
+        """What sets of tokens may depend on: bool (sets, N) → (sets, N), the union of `visible` over each set.
+
+        For designs that know it without a row per token, as at 685 440 tokens; None: take the union of rows.
+        """
+        return None
 
     def traits(self) -> Traits:
         raise TypeError(f"{type(self).__name__} declares no traits")

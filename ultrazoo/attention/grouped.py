@@ -6,16 +6,20 @@ into the same number of windows per axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import attend
 from ..ops import partition
-from ..ops.partition import AxisRule, Cuts
+from ..ops.partition import AxisRule, Cuts, Rectangle
 from ..ops.runs import AxisCut
 from .contract import Extra
+
+Bias = Callable[[tuple[int, int, int]], Tensor]
+"""What is added to the scores inside a window of (t, h, w) tokens, of queries and keys alike: (1, heads, n, n)."""
 
 
 def aligned(queries: AxisCut, keys: AxisCut) -> tuple[AxisCut, AxisCut]:
@@ -43,29 +47,36 @@ def attend_cuts(
     *,
     extra: Extra | None = None,
     key_valid: Tensor | None = None,
+    bias: Bias | None = None,
     lse: bool = False,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention inside windows, in the rectangle form.
 
-    key_valid (B, *key grid) is False where a key is not real. Returns (B, T, H, W, heads, D) and, with `lse`, the
-    log-sum-exp (B, T, H, W, heads, 1).
+    key_valid (B, *key grid) is False where a key is not real; `bias` is asked for each size of window. Returns
+    (B, T, H, W, heads, D) and, with `lse`, the log-sum-exp (B, T, H, W, heads, 1).
     """
     batch = q.shape[0]
     pairs = [aligned(a, b) for a, b in zip(q_cuts, k_cuts, strict=True)]
     q_cuts = (pairs[0][0], pairs[1][0], pairs[2][0])
     k_cuts = (pairs[0][1], pairs[1][1], pairs[2][1])
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        return _attend_slabs(q, k, v, q_cuts, k_cuts, extra, key_valid, lse, kernel)
-    masks: list[Tensor | None] = [None] * len(partition.rectangles(k_cuts))
+        return _attend_slabs(q, k, v, q_cuts, k_cuts, extra, key_valid, bias, lse, kernel)
+    blocks = partition.rectangles(k_cuts)
+    masks: list[Tensor | None] = [None] * len(blocks)
     if key_valid is not None:
         masks = list(partition.token_windows(key_valid, k_cuts))
     laid_out = [partition.windows(z, cuts) for z, cuts in ((q, q_cuts), (k, k_cuts), (v, k_cuts))]
-    found = [_attend(*one, extra, lse, kernel) for one in zip(*laid_out, masks, strict=True)]
+    biases = [_bias_of(bias, block) for block in blocks]
+    found = [_attend(*one, extra, lse, kernel) for one in zip(*laid_out, masks, biases, strict=True)]
     y = partition.unwindows([out for out, _ in found], q_cuts, batch)
     if not lse:
         return y, None
     return y, partition.unwindows([one.unsqueeze(-1) for _, one in found if one is not None], q_cuts, batch)
+
+
+def _bias_of(bias: Bias | None, block: Rectangle) -> Tensor | None:
+    return None if bias is None else bias((block[0].size, block[1].size, block[2].size))
 
 
 SLAB_BYTES = {"cpu": 1 << 23}
@@ -87,6 +98,7 @@ def _attend_slabs(
     k_cuts: Cuts,
     extra: Extra | None,
     key_valid: Tensor | None,
+    bias: Bias | None,
     lse: bool,
     kernel: str,
 ) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +113,7 @@ def _attend_slabs(
     norms = q.new_empty(*q.shape[:5], 1, dtype=torch.promote_types(q.dtype, torch.float32)) if lse else None
     for (at, keys), mask in zip(blocks, masks, strict=True):
         laid_out = (partition.rectangle_windows(z, place) for z, place in ((q, at), (k, keys), (v, keys)))
-        out, found = _attend(*laid_out, mask, extra, lse, kernel)
+        out, found = _attend(*laid_out, mask, _bias_of(bias, keys), extra, lse, kernel)
         if y is None or one_window:
             # its output is the answer as it stands
             y = out.transpose(1, 2).unflatten(1, q.shape[1:4])
@@ -124,6 +136,7 @@ def attend_rules(
     same_grid: bool = True,
     extra: Extra | None = None,
     key_valid: Tensor | None = None,
+    bias: Bias | None = None,
     lse: bool = False,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -136,7 +149,11 @@ def attend_rules(
         valid = partition.gathered_heads(key_valid[..., None, None], k_axes)[:, 0, :, 0]
         mask = valid if mask is None else mask & valid
     qw, kw, vw = (partition.gathered_heads(z, axes) for z, axes in ((q, q_axes), (k, k_axes), (v, k_axes)))
-    out, found = _attend(qw, kw, vw, mask, extra, lse, kernel)
+    added = None
+    if bias is not None:
+        slots = [n if a.gather is None else a.gather.shape[1] for a, n in zip(k_axes, k_grid, strict=True)]
+        added = bias((slots[0], slots[1], slots[2]))
+    out, found = _attend(qw, kw, vw, mask, added, extra, lse, kernel)
     y = partition.scattered(out, q_axes, q_grid, batch)
     if found is None:
         return y, None
@@ -144,9 +161,16 @@ def attend_rules(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: Extra | None, lse: bool, kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    extra: Extra | None,
+    lse: bool,
+    kernel: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """One batch of equal windows: q, k, v (B*groups, heads, tokens, D), mask (B*groups, keys)."""
+    """One batch of equal windows: q, k, v (B*groups, heads, tokens, D), mask (B*groups, keys), bias as in `Bias`."""
     if extra is not None:
         groups = k.shape[0] // extra.k.shape[0]
         more_k, more_v = (z.transpose(1, 2).repeat_interleave(groups, dim=0) for z in (extra.k, extra.v))
@@ -159,11 +183,13 @@ def _attend(
             )
             mask = torch.cat([own, more], dim=1)
         k, v = torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2)
+        if bias is not None:
+            bias = F.pad(bias, (0, more_k.shape[2]))
     key_mask = None if mask is None else mask[:, None, None]
     if lse:
-        out, found = attend(q, k, v, key_mask=key_mask, return_lse=True, kernel=kernel)
+        out, found = attend(q, k, v, key_mask=key_mask, bias=bias, return_lse=True, kernel=kernel)
         return out, found
-    out = attend(q, k, v, key_mask=key_mask, kernel=kernel)
+    out = attend(q, k, v, key_mask=key_mask, bias=bias, kernel=kernel)
     assert isinstance(out, Tensor)
     return out, None
 
@@ -171,5 +197,5 @@ def _attend(
 def attend_extra(extra: Extra, k: Tensor, v: Tensor, key_valid: Tensor | None = None, kernel: str = "auto") -> Tensor:
     """Extra queries see every grid key (B, N, heads, D) and every extra key: → (B, M, heads*D)."""
     mask = None if key_valid is None else key_valid.flatten(1)
-    out, _ = _attend(extra.q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, extra, False, kernel)
+    out, _ = _attend(extra.q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, None, extra, False, kernel)
     return out.transpose(1, 2).flatten(2)
