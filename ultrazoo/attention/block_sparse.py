@@ -1,0 +1,286 @@
+"""Block-sparse attention: tokens in an order, cut into blocks; a selector chooses key blocks for every query block, and a
+far field says what the other blocks give.
+
+``y_i = softmax over keys of selected blocks (+ far field)``. STA (arXiv 2502.04507), Radial (2506.19852), VSA (2505.13389),
+SLA (2509.24006), Sol-Attn (2607.24027), PISA (2602.01077), VMoBA, NABLA and Sparse VideoGen are settings of it. Maps are
+made for some query blocks at a time, so nothing is quadratic in tokens; blocks are exact at every size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import Problem
+from ..grid import Grid
+from ..kernels import attend
+from ..kernels.block_map import BlockMap
+from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
+from .contract import Attention, Call, Host, grid_positions
+from .full import kernel_problems
+from .grouped import attend_extra
+from .parts.far import CoarseSpec, DropSpec, FarSpec, MeanSpec
+from .parts.orders import ORDERS, CurveSpec, OrderSpec, Place, RasterSpec, TilesSpec
+from .parts.rules import MeanStdSpec, TopKSpec, TopPSpec
+from .parts.scene import Scene
+from .parts.selectors import AllSpec, BandSpec, Bounds, PooledSpec, SelectorSpec, SinkSpec, UnionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSparseSpec(AttentionSpec):
+    """An order of blocks, a selector and a far field."""
+
+    name: ClassVar[str] = "block_sparse"
+    source: ClassVar[str] = "VSA, arXiv 2505.13389; Sol-Attn, arXiv 2607.24027; Radial, arXiv 2506.19852"
+    formula: ClassVar[str] = (
+        "y_i = W_o [ sum_{j in M(i)} softmax(q_i k_j / sqrt(D)) v_j (+ far field of blocks not in M(i)) ]"
+    )
+
+    order: OrderSpec = option(RasterSpec(), "the order of tokens and their blocks", choices=ORDERS)
+    selector: SelectorSpec = option(PooledSpec(), "which key blocks a query block visits", kind="selector")
+    far: FarSpec = option(DropSpec(), "what the other key blocks give", kind="far_field")
+    kernel: str = option("auto", "a registered kernel that takes block maps, or auto")
+
+    def place(self, site: Site) -> Place:
+        """Blocks of the site's grid and extra tokens."""
+        return _place(self.order, site.grid, site.extra)
+
+    def problems(self, site: Site) -> list[Problem]:
+        found = [problem.under("order") for problem in self.order.problems(site)]
+        found += [problem.under("selector") for problem in self.selector.problems(site)]
+        found += [problem.under("far") for problem in self.far.problems(site)]
+        found += kernel_problems(self.kernel)
+        if found:
+            return found
+        for segment in site.extra:
+            if _needs_grid(self.selector) and (segment.rows == "pattern" or segment.keys == "compete"):
+                rule = f"selects by place, and segment {segment.kind!r} has none (rows {segment.rows}, keys {segment.keys})"
+                found.append(Problem("selector", rule, "use rows: dense and keys: always for it, or a pooled selector"))
+        return found or [p.under("selector") for p in self.selector.place_problems(self.place(site), site)]
+
+    # --- what it costs ----------------------------------------------------------------------------------------------
+
+    def bounds(self, site: Site) -> Bounds:
+        """Pairs per head: fewest, expected, most; without those of extra rows that see everything."""
+        place = self.place(site)
+        found = _bounds(self.selector, self.order, site if self.selector.by_layer else site.at(layer=0))
+        fixed = place.queries.tokens * place.always_tokens + self.far.pairs(place)
+        return Bounds(*(value + fixed for value in found))
+
+    def cost(self, site: Site) -> Cost:
+        place, tokens = self.place(site), site.tokens
+        dense = sum(segment.length for segment in site.extra if segment.rows == "dense")
+        dense_pairs = dense * (tokens + site.extra_tokens)
+        least, expected, most = (value + dense_pairs for value in self.bounds(site))
+        attention = 4 * expected * site.inner
+        qkv = 2 * tokens * site.dim * 3 * site.width
+        other = self.selector.flops(place, site) + self.far.flops(place, site)
+        owned = self.selector.parameters(site) + self.far.parameters(site)
+        return Cost(
+            pairs=expected,
+            attention_flops=attention,
+            qkv_flops=qkv,
+            out_flops=2 * tokens * site.inner * site.dim,
+            other_flops=other,
+            parameters=owned,
+            pairs_min=least if self.selects else None,
+            pairs_max=most if self.selects else None,
+            # q, k, v as projected and in block order, and the output in both orders
+            peak_elements=8 * tokens * site.width,
+            saved_elements=(9 + 2 * site.qk_norm) * tokens * site.width + tokens * site.heads,
+            branches=(BranchCost("blocks", expected, attention, qkv, other, owned),),
+        )
+
+    @property
+    def selects(self) -> bool:
+        return not self.selector.is_static
+
+    # --- what it sees -----------------------------------------------------------------------------------------------
+
+    def visible(self, site: Site, queries: Sequence[int] | None = None) -> np.ndarray:
+        place = self.place(site.at(extra=()))
+        wanted = np.arange(site.tokens) if queries is None else np.asarray(queries, dtype=int)
+        if self.selects or self.far.reads_all:
+            return np.ones((1, len(wanted), site.tokens), dtype=bool)
+        order = np.arange(site.tokens) if place.order is None else place.order
+        at = np.empty(site.tokens, dtype=int)
+        at[order] = np.arange(site.tokens)
+        block = np.searchsorted(np.asarray(place.queries.starts), at[wanted], side="right") - 1
+        rows = [self.selector.map(place, site.at(extra=()), b, b + 1)[:, 0] for b in np.unique(block)]
+        maps = np.stack(rows, axis=1)[:, np.searchsorted(np.unique(block), block)]
+        seen = np.repeat(maps, place.keys.sizes, axis=-1)[:, :, at]
+        # a token always depends on itself: it is its own query
+        seen[:, np.arange(len(wanted)), wanted] = True
+        return seen
+
+    def traits(self) -> Traits:
+        learned = self.far.learned or self.selector.parameters(Site(dim=8, heads=1, head_dim=8)) > 0
+        exact = self.selector.keeps_all() and self.far.exact_with_all()
+        start = Start("training-free", "selects by the data; dense first steps advised (`steps`)")
+        if exact:
+            start = Start("exact", "every block is selected")
+        elif learned:
+            start = Start("needs tuning", "owns parameters that start neutral")
+        elif not self.selects:
+            start = Start("needs tuning", "changes what tokens see")
+        return Traits(
+            start=start,
+            exact_at_init=exact,
+            export=(),
+            visible="upper bound" if self.selects else "exact",
+            min_grid=(1, 1, 1),
+            selects=self.selects,
+            fullgraph=False,
+            notes="lists of blocks are data: no graph with dynamic sizes holds them",
+        )
+
+    @classmethod
+    def examples(cls) -> list[tuple[AttentionSpec, Site]]:
+        return list(_examples(cls))
+
+
+def _needs_grid(selector: SelectorSpec) -> bool:
+    inner = getattr(selector, "of", ())
+    return selector.needs_grid or any(_needs_grid(one) for one in (inner if isinstance(inner, tuple) else (inner,)))
+
+
+@lru_cache(maxsize=64)
+def _place(order: OrderSpec, grid: Grid, segments: tuple[Segment, ...]) -> Place:
+    return order.place(grid).with_segments(segments, order.segment_block)
+
+
+@lru_cache(maxsize=256)
+def _bounds(selector: SelectorSpec, order: OrderSpec, site: Site) -> Bounds:
+    return selector.bounds(_place(order, site.grid, site.extra), site)
+
+
+def _examples(cls: type[BlockSparseSpec]) -> Iterator[tuple[AttentionSpec, Site]]:
+    rope = Rope(axes=(4, 2, 2))
+    site = Site(dim=24, heads=3, head_dim=8, grid=Grid(3, 5, 7), rope=rope, qk_norm=True, layer=1, layers=2)
+    text = (Segment("text", 5), Segment("reference", 6, rows="pattern", keys="compete"))
+    tiles, runs = TilesSpec(tile=(2, 2, 3)), RasterSpec(block=8)
+    forced = UnionSpec(of=(BandSpec(width=1), SinkSpec(frames=1)))
+    yield cls(order=runs, selector=PooledSpec(rule=TopKSpec(share=0.3))), site.at(extra=text)
+    yield cls(order=tiles, selector=PooledSpec(rule=TopKSpec(count=4)), far=CoarseSpec()), site
+    sol = UnionSpec(of=(PooledSpec(rule=MeanStdSpec(tau=0.5)), BandSpec()))
+    yield cls(order=RasterSpec(block=(8, 4)), selector=sol, far=MeanSpec()), site
+    yield cls(order=CurveSpec(block=8), selector=forced), site.at(grid=Grid(1, 6, 7), rope=None, qk_norm=False)
+    topp = PooledSpec(rule=TopPSpec(p=0.6), runs=(2, 2), centre=True, project=False)
+    yield cls(order=TilesSpec(tile=(2, 2, 2)), selector=topp, far=MeanSpec()), site.at(grid=Grid(2, 3, 5))
+    yield cls(order=tiles, selector=AllSpec(), far=CoarseSpec()), site.at(grid=Grid(1, 4, 5), has_timestep=False)
+
+
+class BlockSparseAttention(Attention):
+    """(B, N, C) → (B, N, C); with extra tokens also (B, M, heads*D)."""
+
+    def __init__(self, spec: BlockSparseSpec, site: Site):
+        super().__init__(spec, site)
+        self.selector = spec.selector.build(site)
+        self.far = spec.far.build(site)
+
+    def forward(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+        spec: Any = self.spec
+        q, k, v = host.heads(*host.project(x, "qkv"), grid_positions(call.grid, x.device))  # (B, N, heads, D)
+        assert q is not None and k is not None and v is not None
+        segments = () if call.extra is None else _segments(call)
+        place = _place(spec.order, Grid(*call.grid), segments)
+        scene = self._scene(x, q, k, v, call, place)
+        block_map = self._map(scene)
+        mask = None if scene.key_valid is None else scene.key_valid[:, None, None]
+        near, lse = self._near(scene, block_map, mask)
+        y = self.far(scene, block_map, near, lse)  # (B, heads, queries, D)
+        grid_rows = restored(y[:, :, : x.shape[1]], place)
+        out = host.out(grid_rows.flatten(2))
+        if call.extra is None:
+            return out
+        rows = attend_extra(call.extra, k, v, call.key_valid, "auto")
+        return out, _with_pattern_rows(rows, y[:, :, x.shape[1] :], place)
+
+    def _near(self, scene: Scene, block_map: BlockMap, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        spec: Any = self.spec
+        common: dict[str, Any] = {"key_mask": mask, "block_map": block_map, "kernel": spec.kernel}
+        if spec.far.wants_lse:
+            out, lse = attend(scene.q, scene.k, scene.v, return_lse=True, **common)
+            return out, lse
+        found = attend(scene.q, scene.k, scene.v, **common)
+        assert isinstance(found, Tensor)
+        return found, None
+
+    def _scene(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call, place: Place) -> Scene:
+        """Everything in block order, extra tokens behind the grid's."""
+        q, k, v = (ordered(z, place) for z in (q, k, v))
+        valid = None if call.key_valid is None else _ordered_tokens(call.key_valid, place)
+        extra = call.extra
+        if extra is not None:
+            keys = torch.tensor(place.key_rows, device=x.device, dtype=torch.long)
+            rows = torch.tensor(place.query_rows, device=x.device, dtype=torch.long)
+            q = torch.cat([q, extra.q.transpose(1, 2).index_select(2, rows)], dim=2)
+            k = torch.cat([k, extra.k.transpose(1, 2).index_select(2, keys)], dim=2)
+            v = torch.cat([v, extra.v.transpose(1, 2).index_select(2, keys)], dim=2)
+            if valid is not None or extra.key_mask is not None:
+                grid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+                more = (
+                    torch.ones_like(extra.k[..., 0, 0], dtype=torch.bool) if extra.key_mask is None else extra.key_mask
+                )
+                valid = torch.cat([grid, more.index_select(1, keys)], dim=1)
+        site = self.site
+        return Scene(place, q, k, v, x, valid, site.layer, site.layers, call.step, call.branch, call.state)
+
+    def _map(self, scene: Scene) -> BlockMap:
+        place = scene.place
+        choose = self.selector(scene)
+        always = place.keys.count - place.selectable
+
+        def rows(lo: int, hi: int) -> Tensor:
+            found: Tensor = choose(lo, hi)
+            if not always:
+                return found
+            return torch.cat([found, found.new_ones(*found.shape[:3], always)], dim=-1)
+
+        batch, heads = scene.q.shape[:2]
+        return BlockMap(place.queries, place.keys, rows, batch, heads, scene.q.device)
+
+
+BlockSparseSpec.module = BlockSparseAttention
+
+
+def _segments(call: Call) -> tuple[Segment, ...]:
+    assert call.extra is not None
+    count = call.extra.k.shape[1]
+    return call.extra.segments or (Segment("extra", count),)
+
+
+def _ordered_tokens(z: Tensor, place: Place, dim: int = 1) -> Tensor:
+    if place.order is None:
+        return z
+    return z.index_select(dim, torch.as_tensor(place.order, device=z.device))
+
+
+def ordered(z: Tensor, place: Place) -> Tensor:
+    """(B, N, heads, D) → (B, heads, N, D) in block order, contiguous."""
+    if place.order is None:
+        return z.transpose(1, 2).contiguous()
+    return _ordered_tokens(z.transpose(1, 2), place, 2)
+
+
+def restored(y: Tensor, place: Place) -> Tensor:
+    """(B, heads, N, D) in block order → (B, N, heads, D) in the grid's."""
+    if place.order is None:
+        return y.transpose(1, 2)
+    back = np.empty_like(place.order)
+    back[place.order] = np.arange(len(back))
+    return y.transpose(1, 2).index_select(1, torch.as_tensor(back, device=y.device))
+
+
+def _with_pattern_rows(dense: Tensor, pattern: Tensor, place: Place) -> Tensor:
+    """Extra rows (B, M, heads*D) with those that follow the pattern put in their place."""
+    if not place.query_rows:
+        return dense
+    rows = torch.tensor(place.query_rows, device=dense.device)
+    return dense.index_copy(1, rows, pattern.transpose(1, 2).flatten(2))

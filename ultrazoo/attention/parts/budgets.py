@@ -1,0 +1,204 @@
+"""Selectors around a selector: budgets per head and per denoising step, and maps kept over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import Problem
+from ...spec import Site, option
+from .orders import Place
+from .scene import Rows, Scene
+from .selectors import Bounds, SelectorSpec
+
+
+def in_ranges(key: str, index: int) -> bool:
+    """Is `index` in a list of ranges such as ``0-9`` or ``0,4-6``? Raises ValueError for anything else."""
+    found = False
+    for part in key.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"{part.strip()!r} is not a number or a range")
+        found |= int(first) <= index <= int(last if dash else first)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSpec(SelectorSpec):
+    """Another kept share per head or per denoising step than the inner selector's own.
+
+    Steps are indices of the sampler; steps that are not listed keep the inner selector's share. A call that does not say
+    its step keeps everything: missing step information never means sparse.
+    """
+
+    name: ClassVar[str] = "budget"
+    minimal: ClassVar[Mapping[str, Any]] = {"of": {"name": "pooled"}, "steps": {"0-9": 1.0}}
+
+    of: SelectorSpec = option(doc="the selector whose share changes", kind="selector")
+    heads: tuple[float, ...] | None = option(None, "share per head", gt=0, le=1)
+    steps: Mapping[str, float] | None = option(None, "step ranges → share, 1 is dense", gt=0, le=1)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    @property
+    def by_layer(self) -> bool:
+        return self.of.by_layer
+
+    def problems(self, site: Site) -> list[Problem]:
+        found = [problem.under("of") for problem in self.of.problems(site)]
+        if self.heads is None and self.steps is None:
+            found.append(Problem("heads", "neither heads nor steps is given", "give one of them"))
+        if self.heads is not None and len(self.heads) != site.heads:
+            rule = f"{len(self.heads)} shares for {site.heads} heads"
+            found.append(Problem("heads", rule, "give one per head"))
+        for key in self.steps or {}:
+            try:
+                in_ranges(key, 0)
+            except ValueError as error:
+                found.append(Problem(f"steps.{key}", str(error), "write 0-9 or 0,4-6"))
+        if not getattr(getattr(self.of, "rule", None), "name", "").startswith("topk"):
+            found.append(Problem("of", "has no kept share", "give a pooled selector with rule topk"))
+        return found
+
+    def place_problems(self, place: Place, site: Site) -> list[Problem]:
+        return [problem.under("of") for problem in self.of.place_problems(place, site)]
+
+    def _shares(self, site: Site) -> list[float | None]:
+        return list(self.heads) if self.heads is not None else [None]
+
+    def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
+        """Of a sparse step; a dense one is the most."""
+        rows = [self.of.bounds(place, site, share) for share in self._shares(site)]
+        least, expected, most = (round(float(np.mean(column))) for column in zip(*rows, strict=True))
+        if self.steps is not None:
+            most = place.queries.tokens * place.keys.starts[place.selectable]
+            for share in self.steps.values():
+                least = min(least, self.of.bounds(place, site, share).least)
+        return Bounds(least, expected, most)
+
+    def flops(self, place: Place, site: Site) -> int:
+        return self.of.flops(place, site)
+
+    def parameters(self, site: Site) -> int:
+        return self.of.parameters(site)
+
+    def keeps_all(self) -> bool:
+        return self.heads is not None and all(share == 1 for share in self.heads)
+
+    def build(self, site: Site) -> nn.Module:
+        return _Budget(self, self.of.build(site))
+
+
+class _Budget(nn.Module):
+    def __init__(self, spec: BudgetSpec, inner: nn.Module):
+        super().__init__()
+        self.spec, self.of = spec, inner
+
+    def forward(self, scene: Scene) -> Rows:
+        keep: float | tuple[float, ...] | None = self.spec.heads
+        if self.spec.steps is not None:
+            if scene.step is None:
+                return dense_rows(scene)
+            for key, share in self.spec.steps.items():
+                if in_ranges(key, scene.step[0]):
+                    keep = share
+            if keep == 1.0:
+                return dense_rows(scene)
+        found: Rows = self.of(scene.with_keep(keep))
+        return found
+
+
+def dense_rows(scene: Scene) -> Rows:
+    """Every selectable block."""
+
+    def rows(lo: int, hi: int) -> Tensor:
+        return torch.ones(1, 1, hi - lo, scene.place.selectable, dtype=torch.bool, device=scene.q.device)
+
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedSpec(SelectorSpec):
+    """The inner selector's map, made anew every few steps and used again in between (DFSAttn, arXiv 2605.23445).
+
+    Kept in the call's state, one per layer and guidance branch, as packed bits. Without state or step the map is made in
+    each call.
+    """
+
+    name: ClassVar[str] = "cached"
+    minimal: ClassVar[Mapping[str, Any]] = {"of": {"name": "pooled"}, "every": 12}
+
+    of: SelectorSpec = option(doc="the selector whose map is kept", kind="selector")
+    every: int = option(12, "denoising steps between two maps", ge=1)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    @property
+    def by_layer(self) -> bool:
+        return self.of.by_layer
+
+    def problems(self, site: Site) -> list[Problem]:
+        return [problem.under("of") for problem in self.of.problems(site)]
+
+    def place_problems(self, place: Place, site: Site) -> list[Problem]:
+        return [problem.under("of") for problem in self.of.place_problems(place, site)]
+
+    def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
+        return self.of.bounds(place, site, keep)
+
+    def flops(self, place: Place, site: Site) -> int:
+        return self.of.flops(place, site)
+
+    def parameters(self, site: Site) -> int:
+        return self.of.parameters(site)
+
+    def keeps_all(self) -> bool:
+        return self.of.keeps_all()
+
+    def build(self, site: Site) -> nn.Module:
+        return _Cached(self, self.of.build(site))
+
+
+@dataclass
+class _Kept:
+    """Rows of a map as packed bits, with what they were made for."""
+
+    made_for: Any
+    rows: dict[tuple[int, int], tuple[np.ndarray, tuple[int, ...]]]
+
+
+class _Cached(nn.Module):
+    def __init__(self, spec: CachedSpec, inner: nn.Module):
+        super().__init__()
+        self.spec, self.of = spec, inner
+
+    def forward(self, scene: Scene) -> Rows:
+        fresh: Rows = self.of(scene)
+        if scene.state is None or scene.step is None:
+            return fresh
+        place = scene.place
+        made_for = (scene.step[0] // self.spec.every, place.grid, place.queries.tokens, scene.q.shape[:2])
+        key = ("selector", scene.layer, scene.branch)
+        kept = scene.state.get(key)
+        if kept is None or kept.made_for != made_for:
+            kept = scene.state[key] = _Kept(made_for, {})
+        held: _Kept = kept
+
+        def rows(lo: int, hi: int) -> Tensor:
+            if (lo, hi) not in held.rows:
+                found = fresh(lo, hi)
+                held.rows[(lo, hi)] = (np.packbits(found.cpu().numpy()), tuple(found.shape))
+            bits, shape = held.rows[(lo, hi)]
+            flat = np.unpackbits(bits, count=int(np.prod(shape)))
+            return torch.from_numpy(flat.view(bool).reshape(shape)).to(scene.q.device)
+
+        return rows

@@ -1,0 +1,215 @@
+"""Far fields: what the key blocks that were not selected give.
+
+``drop`` nothing; ``mean`` one key per block in the same softmax; ``coarse`` attention among blocks with a softmax of its
+own, added through a gate. Statistics of blocks are in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...errors import Problem
+from ...kernels import attend
+from ...kernels.block_map import BlockMap
+from ...ops.init import Constant, marked
+from ...spec import Site, Spec, option
+from .orders import Place
+from .scene import Scene
+
+SCORE_BYTES = {"cpu": 1 << 23}
+"""Bytes of scores against block means held at a time, per kind of device."""
+SCORE_BYTES_ELSEWHERE = 1 << 29
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarSpec(Spec):
+    """What unselected key blocks give. `wants_lse`: joins the softmax of the selected keys. `learned`: owns parameters."""
+
+    kind: ClassVar[str] = "far_field"
+    wants_lse: ClassVar[bool] = False
+    reads_all: ClassVar[bool] = True
+    """Does every query depend on every key?"""
+
+    @property
+    def learned(self) -> bool:
+        return False
+
+    def pairs(self, place: Place) -> int:
+        """Pairs per head that go through the kernel door beside the selected ones."""
+        return 0
+
+    def flops(self, place: Place, site: Site) -> int:
+        """FLOPs beside those of pairs."""
+        return 0
+
+    def parameters(self, site: Site) -> int:
+        return 0
+
+    def exact_with_all(self) -> bool:
+        """Does a fresh block equal full attention when every block is selected?"""
+        return True
+
+    def build(self, site: Site) -> nn.Module:
+        """``module(scene, block_map, near, lse)`` → (B, heads, queries, D)."""
+        raise TypeError(f"{type(self).__name__} has no module")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropSpec(FarSpec):
+    """Nothing: softmax over the selected keys alone."""
+
+    name: ClassVar[str] = "drop"
+    reads_all: ClassVar[bool] = False
+
+    def build(self, site: Site) -> nn.Module:
+        return _Drop()
+
+
+class _Drop(nn.Module):
+    def forward(self, scene: Scene, block_map: BlockMap, near: Tensor, lse: Tensor | None) -> Tensor:
+        return near
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanSpec(FarSpec):
+    """The mean key and value of each unselected block, weighted by its tokens, in the same softmax.
+
+    A pseudo-key with logit ``s q·k̄_j + log n_j`` and value v̄_j is the block with all its keys moved to their mean.
+    """
+
+    name: ClassVar[str] = "mean"
+    source: ClassVar[str] = "Sol-Attn, arXiv 2607.24027; PISA, arXiv 2602.01077 (order 0)"
+    wants_lse: ClassVar[bool] = True
+
+    def pairs(self, place: Place) -> int:
+        return place.queries.tokens * place.selectable
+
+    def build(self, site: Site) -> nn.Module:
+        return _Mean()
+
+
+def far_steps(scene: Scene, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of query blocks whose scores against `most` keys are of bounded size."""
+    place = scene.place
+    row = scene.q.shape[0] * scene.q.shape[1] * place.queries.largest * most * 4
+    step = max(1, SCORE_BYTES.get(scene.q.device.type, SCORE_BYTES_ELSEWHERE) // max(1, row))
+    for lo in range(0, place.queries.count, step):
+        yield lo, min(lo + step, place.queries.count)
+
+
+def merge(near: Tensor, lse: Tensor, far: Tensor, far_lse: Tensor) -> Tensor:
+    """One softmax from two over disjoint keys: (B, heads, n, D) with log-sum-exp (B, heads, n). No key at all: zeros."""
+    top = torch.maximum(lse, far_lse)
+    top = top.masked_fill(top == float("-inf"), 0.0).detach()
+    one, two = (lse - top).exp().unsqueeze(-1), (far_lse - top).exp().unsqueeze(-1)
+    total = (one + two).clamp(min=torch.finfo(one.dtype).tiny)
+    return ((one * near.to(one.dtype) + two * far.to(one.dtype)) / total).to(near.dtype)
+
+
+class _Mean(nn.Module):
+    def forward(self, scene: Scene, block_map: BlockMap, near: Tensor, lse: Tensor | None) -> Tensor:
+        assert lse is not None
+        most = scene.place.selectable
+        starts = scene.place.queries.starts
+        keys, counts = scene.k_means[:, :, :most], scene.counts[:, :, :most]
+        values = scene.v_sums[:, :, :most] / counts.clamp(min=1)
+        parts = []
+        for lo, hi in far_steps(scene, most):
+            tokens = slice(starts[lo], starts[hi])
+
+            def far(q: Tensor, k: Tensor, v: Tensor, lo: int = lo, hi: int = hi) -> tuple[Tensor, Tensor]:
+                return _against_means(q, k, v, counts, block_map, lo, hi, scene.scale)
+
+            given = (scene.q[:, :, tokens], keys, values)
+            learns = torch.is_grad_enabled() and any(z.requires_grad for z in given)
+            found, found_lse = checkpoint(far, *given, use_reentrant=False) if learns else far(*given)
+            parts.append(merge(near[:, :, tokens], lse[:, :, tokens], found, found_lse))
+        return torch.cat(parts, dim=2)
+
+
+def _against_means(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, block_map: BlockMap, lo: int, hi: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Queries of blocks lo..hi against the means of the blocks they did not select: output and log-sum-exp."""
+    chosen = block_map.rows(lo, hi)[..., : k.shape[2]]
+    sizes = torch.tensor(block_map.queries.sizes[lo:hi], device=q.device)
+    unseen = (~chosen).repeat_interleave(sizes, dim=2)
+    bias = torch.zeros(unseen.shape, device=q.device, dtype=k.dtype).masked_fill(~unseen, float("-inf"))
+    weight = counts.to(k.dtype).log().transpose(-1, -2)
+    out, lse = attend(q.to(k.dtype), k, v, bias=bias, log_weight=weight, scale=scale, return_lse=True, kernel="math")
+    return out, lse
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoarseSpec(FarSpec):
+    """Attention among block means, its output repeated for every token of a query block and added through a gate.
+
+    The softmax is its own and runs over all selectable and always-seen blocks alike, selected or not.
+    """
+
+    name: ClassVar[str] = "coarse"
+    source: ClassVar[str] = "VSA, arXiv 2505.13389"
+
+    gate: Literal["linear", "sigmoid", "none"] = option("linear", "of x per channel; linear starts at zero")
+
+    @property
+    def learned(self) -> bool:
+        return self.gate != "none"
+
+    def problems(self, site: Site) -> list[Problem]:
+        if self.learned and any(segment.rows == "pattern" for segment in site.extra):
+            rule = "the gate reads grid tokens, and a segment's rows follow the pattern"
+            return [Problem("gate", rule, "use rows: dense for extra tokens, or gate: none")]
+        return []
+
+    def pairs(self, place: Place) -> int:
+        return place.queries.count * place.keys.count
+
+    def flops(self, place: Place, site: Site) -> int:
+        return 2 * place.grid.tokens * site.dim * site.inner if self.learned else 0
+
+    def parameters(self, site: Site) -> int:
+        return (site.dim + 1) * site.inner if self.learned else 0
+
+    def exact_with_all(self) -> bool:
+        return self.gate == "linear"
+
+    def build(self, site: Site) -> nn.Module:
+        return _Coarse(self, site)
+
+
+class _Coarse(nn.Module):
+    def __init__(self, spec: CoarseSpec, site: Site):
+        super().__init__()
+        self.spec, self.heads = spec, site.heads
+        if spec.learned:
+            self.gate = marked(nn.Linear(site.dim, site.inner), weight=Constant(0.0), bias=Constant(0.0))
+
+    def initial_values(self) -> dict[str, Any]:
+        return {}
+
+    def forward(self, scene: Scene, block_map: BlockMap, near: Tensor, lse: Tensor | None) -> Tensor:
+        place = scene.place
+        counts = scene.counts
+        values = scene.v_sums / counts.clamp(min=1)
+        mask = None if scene.key_valid is None else (counts > 0).transpose(-1, -2)
+        found = attend(scene.q_means, scene.k_means, values, key_mask=mask, scale=scene.scale)
+        assert isinstance(found, Tensor)
+        # one row per block, to every token of it
+        sizes = torch.tensor(place.queries.sizes, device=near.device)
+        spread = found.to(near.dtype).repeat_interleave(sizes, dim=2, output_size=place.queries.tokens)
+        if not self.spec.learned:
+            return near + spread
+        gate = self.gate(scene.x)
+        if place.order is not None:
+            gate = gate.index_select(1, torch.as_tensor(place.order, device=gate.device))
+        gate = gate.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if self.spec.gate == "sigmoid":
+            gate = gate.sigmoid()
+        return near + gate * spread

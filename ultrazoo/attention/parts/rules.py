@@ -1,0 +1,197 @@
+"""Rules: from scores of key blocks to the blocks that are kept. Ties go to the block that comes first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import Problem
+from ...spec import Options, Site, option
+from .scene import Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleSpec(Options):
+    """How many and which of the selectable key blocks a query block keeps."""
+
+    source: ClassVar[str] = ""
+
+    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+        """Kept blocks out of `blocks`: fewest, expected, most."""
+        raise TypeError(f"{type(self).__name__} counts nothing")
+
+    def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
+        """Scores (B, heads, rows, blocks), fp32 or wider, of query blocks from `lo` on → bool of the same shape."""
+        raise TypeError(f"{type(self).__name__} chooses nothing")
+
+    def keeps_all(self) -> bool:
+        """Does the rule keep every block whatever the scores?"""
+        return False
+
+
+def kept(share: float, blocks: int, multiple: int = 1, least: int = 1) -> int:
+    """How many blocks a share of `blocks` is: rounded up, up to a multiple, at least `least`, at most all."""
+    count = math.ceil(share * blocks - 1e-9)
+    count = -(-count // multiple) * multiple
+    return min(blocks, max(count, least))
+
+
+def largest(scores: Tensor, count: int | Tensor) -> Tensor:
+    """Bool: the `count` largest of the last dimension (one number, or one per head); ties by the lower index."""
+    blocks = scores.shape[-1]
+    if isinstance(count, int):
+        if count >= blocks:
+            return torch.ones_like(scores, dtype=torch.bool)
+        last = scores.topk(count, dim=-1).values[..., -1:]
+        wanted: Any = count
+    else:
+        wanted = count.to(scores.device).view(1, -1, 1, 1)
+        ordered = scores.sort(dim=-1, descending=True).values
+        at = (wanted - 1).expand(*scores.shape[:-1], 1)
+        last = ordered.gather(-1, at)
+    above = scores > last
+    ties = scores == last
+    room = wanted - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKSpec(RuleSpec):
+    """The highest scores: a share of the blocks, or a number of them."""
+
+    name: ClassVar[str] = "topk"
+
+    share: float | None = option(0.1, "share of the key blocks, rounded up", gt=0, le=1)
+    count: int | None = option(None, "number of key blocks, instead of a share", ge=1)
+    multiple: int = option(1, "round the number up to a multiple of this", ge=1)
+    least: int = option(1, "never fewer than this", ge=1)
+
+    def number(self, blocks: int, keep: float | None = None) -> int:
+        if keep is not None:
+            return kept(keep, blocks, self.multiple, self.least)
+        if self.count is not None:
+            return min(self.count, blocks)
+        assert self.share is not None
+        return kept(self.share, blocks, self.multiple, self.least)
+
+    def problems(self, site: Site) -> list[Problem]:
+        if self.count is None and self.share is None:
+            return [Problem("share", "neither share nor count is given", "give one of them")]
+        return []
+
+    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+        number = self.number(blocks, keep)
+        return number, number, number
+
+    def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
+        blocks = scores.shape[-1]
+        if isinstance(scene.keep, tuple):
+            return largest(scores, torch.tensor([self.number(blocks, keep) for keep in scene.keep]))
+        return largest(scores, self.number(blocks, scene.keep))
+
+    def keeps_all(self) -> bool:
+        return self.count is None and self.share == 1
+
+
+def _smallest_mass(scores: Tensor, mass: float) -> Tensor:
+    """Bool: the fewest blocks whose softmax over the last dimension reaches `mass`; ties by the lower index."""
+    weights = scores.softmax(-1)
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    # the first block is kept even where its weight is the whole mass
+    wanted = before < mass
+    wanted[..., 0] = True
+    return torch.zeros_like(wanted).scatter_(-1, order, wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopPSpec(RuleSpec):
+    """The fewest blocks whose softmax mass reaches p."""
+
+    name: ClassVar[str] = "topp"
+
+    p: float = option(0.9, "mass of the row's softmax over block scores", gt=0, le=1)
+    floor: float = option(0.0, "never a smaller share of the blocks than this", ge=0, le=1)
+    expected: float = option(0.3, "kept share that a plan assumes; the data decides", gt=0, le=1)
+
+    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+        fewest = kept(self.floor, blocks)
+        if self.p == 1:
+            return fewest, blocks, blocks
+        return fewest, max(fewest, self.expected * blocks), blocks
+
+    def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
+        found = _smallest_mass(scores, self.p)
+        return found | largest(scores, kept(self.floor, scores.shape[-1])) if self.floor else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKOrPSpec(RuleSpec):
+    """What top-k or top-p keeps (SpargeAttention2, arXiv 2602.13515)."""
+
+    name: ClassVar[str] = "topk_or_topp"
+
+    share: float = option(0.03, "share of the blocks that top-k keeps", gt=0, le=1)
+    p: float = option(0.2, "mass that top-p keeps", gt=0, le=1)
+    expected: float = option(0.05, "kept share that a plan assumes; the data decides", gt=0, le=1)
+
+    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+        fewest = kept(self.share if keep is None else keep, blocks)
+        return fewest, max(fewest, self.expected * blocks), blocks
+
+    def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
+        top = TopKSpec(share=self.share)
+        return top.choose(scores, scene, lo) | _smallest_mass(scores, self.p)
+
+    def keeps_all(self) -> bool:
+        return self.share == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanStdSpec(RuleSpec):
+    """Scores above mean + tau · standard deviation of the row's scores over key blocks (Sol-Attn, arXiv 2607.24027).
+
+    `moments`: ``exact``, of the scores themselves; ``diag``, from the variances of the pooled keys' channels, as if they
+    were independent. `tau` null keeps every block.
+    """
+
+    name: ClassVar[str] = "mean_std"
+
+    tau: float | None = option(1.0, "standard deviations above the mean; null: every block")
+    moments: Literal["diag", "exact"] = option("diag", "how the row's variance is taken")
+
+    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+        if self.tau is None:
+            return blocks, blocks, blocks
+        # a normal law of scores, as the source assumes; the data decides
+        return 0, blocks * (1 - NormalDist().cdf(self.tau)), blocks
+
+    def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
+        if self.tau is None:
+            return torch.ones_like(scores, dtype=torch.bool)
+        mean = scores.mean(-1, keepdim=True)
+        if self.moments == "exact":
+            variance = scores.var(-1, correction=0, keepdim=True)
+        else:
+            keys = scene.k_means[:, :, : scores.shape[-1]]
+            queries = scene.q_means[:, :, lo : lo + scores.shape[2]]
+            spread = keys.var(2, correction=0)
+            variance = scene.scale**2 * (queries.square() @ spread.unsqueeze(-1))
+        return scores > mean + self.tau * (variance.clamp(min=0) + 1e-6).sqrt()
+
+    def keeps_all(self) -> bool:
+        return self.tau is None
+
+
+RULES: Mapping[str, type[RuleSpec]] = {
+    "topk": TopKSpec,
+    "topp": TopPSpec,
+    "topk_or_topp": TopKOrPSpec,
+    "mean_std": MeanStdSpec,
+}

@@ -1,0 +1,97 @@
+"""What selectors and far fields look at: queries, keys and values in block order, and statistics of their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.blocks import block_counts, block_means, block_sums, block_valid, padded
+from .orders import Place
+
+Rows = Callable[[int, int], Tensor]
+"""``rows(lo, hi)``: bool (B | 1, heads | 1, hi - lo, selectable key blocks) of query blocks lo..hi."""
+
+
+@dataclass
+class Scene:
+    """One call: q (B, heads, queries, D) and k, v (B, heads, keys, D), normed, rotated, in block order; x (B, N, C).
+
+    `key_valid` (B, keys) is False where a key is not real. `layer` and `layers` say where the block stands, `step` is
+    (index, count) or None, `state` what may be kept between calls. `keep` replaces the kept share of a selector that has
+    one: a number, or one per head.
+    """
+
+    place: Place
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    key_valid: Tensor | None = None
+    layer: int = 0
+    layers: int = 1
+    step: tuple[int, int] | None = None
+    branch: str | None = None
+    state: dict[Any, Any] | None = None
+    keep: float | tuple[float, ...] | None = None
+    _made: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @property
+    def q_means(self) -> Tensor:
+        """(B, heads, query blocks, D), fp32 or wider."""
+        return self._once("q", lambda: block_means(self.q, self.place.queries))
+
+    @property
+    def k_means(self) -> Tensor:
+        """(B, heads, key blocks, D) over valid keys, fp32 or wider."""
+        return self._once("k", lambda: block_means(self.k, self.place.keys, self.key_valid))
+
+    @property
+    def v_sums(self) -> Tensor:
+        """(B, heads, key blocks, D) over valid keys, fp32 or wider."""
+        return self._once("v", lambda: block_sums(self.v, self.place.keys, self.key_valid))
+
+    @property
+    def counts(self) -> Tensor:
+        """Valid keys per key block, (B | 1, 1, key blocks, 1)."""
+        return self._once("n", lambda: block_counts(self.place.keys, self.k.device, self.key_valid))
+
+    def with_keep(self, keep: float | tuple[float, ...] | None) -> Scene:
+        """The same scene for a selector that keeps another share; statistics are shared."""
+        other = Scene(**{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "_made"})
+        other.keep, other._made = keep, self._made
+        return other
+
+    def runs(self, which: str, parts: int) -> tuple[Tensor, Tensor]:
+        """Means of `parts` equal runs of every block of ``"q"`` or ``"k"``: (B, heads, blocks, parts, D), fp32 or wider,
+        and which hold a token, bool (B | 1, 1, blocks, parts)."""
+        blocks = self.place.queries if which == "q" else self.place.keys
+        z = self.q if which == "q" else self.k
+        valid = None if which == "q" else self.key_valid
+        if parts == 1:
+            means = self.q_means if which == "q" else self.k_means
+            some = torch.ones(1, 1, blocks.count, 1, dtype=torch.bool, device=z.device)
+            return means.unsqueeze(3), some if valid is None else (self.counts > 0)
+        run = -(-blocks.largest // parts)
+        real = block_valid(blocks, z.device)
+        real = z.new_ones(1, blocks.largest, dtype=torch.bool) if real is None else real
+        real = real.expand(blocks.count, -1)[None, None]
+        if valid is not None:
+            real = real & padded(valid[:, None, :], blocks)
+        wide = padded(z.to(torch.promote_types(z.dtype, torch.float32)), blocks) * real[..., None]
+        lack = run * parts - blocks.largest
+        wide = torch.nn.functional.pad(wide, (0, 0, 0, lack)).unflatten(3, (parts, run)).sum(4)
+        counts = torch.nn.functional.pad(real, (0, lack)).unflatten(3, (parts, run)).sum(4)
+        return wide / counts.clamp(min=1)[..., None], counts > 0
