@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 from ultrazoo.testing.poison import poisoned_memory, restored_state
+
+# what a developer measured on this machine must not decide what a test runs
+os.environ["ULTRAZOO_CACHE"] = str(Path(tempfile.gettempdir()) / f"ultrazoo-tests-{os.getpid()}")
 
 _gpu_outcomes: list[str] = []
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from ultrazoo import registry
 from ultrazoo.errors import KernelError
 from ultrazoo.kernels import attend, record, table
+from ultrazoo.kernels.block_map import BlockMap
 from ultrazoo.kernels.door import PREFERENCE
 from ultrazoo.kernels.math import MathSpec
+from ultrazoo.ops.blocks import even_blocks
 from ultrazoo.testing import error_ratio
 
 EXACT = ("sdpa", "math")
@@ -100,28 +102,32 @@ def test_a_forced_kernel_that_cannot_run_lists_every_candidate() -> None:
     assert "sdpa: can run" in text
 
 
-def test_nobody_takes_a_block_map_yet() -> None:
+def test_kernels_without_block_maps_refuse_one() -> None:
     q, k, v = inputs()
-    with pytest.raises(KernelError, match="takes no block_map"):
-        attend(q, k, v, block_map=object())
+    blocks = even_blocks(9, 4), even_blocks(13, 4)
+    everything = BlockMap(*blocks, lambda lo, hi: torch.ones(1, 1, hi - lo, 4, dtype=torch.bool), 2, 3, q.device)
+    for kernel in EXACT:
+        with pytest.raises(KernelError, match="takes no block_map"):
+            attend(q, k, v, block_map=everything, kernel=kernel)
+    assert error_ratio(attend(q, k, v, block_map=everything), softmax_loop(q, k, v)) < 1e-12
 
 
 def test_the_table_says_why_a_kernel_is_absent() -> None:
     rows = {row.name: row for row in table()}
-    assert set(PREFERENCE) <= set(rows)
+    assert {name for names in PREFERENCE.values() for name in names} <= set(rows)
     assert rows["sdpa"].reason == rows["math"].reason == ""
-    for name in ("flash_attn", "xformers"):
+    for name in ("flash_attn", "flash_attn_3", "flash_attn_4", "flex_flash", "xformers"):
         assert rows[name].reason == registry.find("kernel", name).absent()
         if not torch.cuda.is_available():
             assert "install" in rows[name].reason or "CUDA" in rows[name].reason
 
 
 def test_lossy_kernels_never_run_by_themselves() -> None:
-    assert all(registry.find("kernel", name).exact for name in PREFERENCE)
+    assert all(registry.find("kernel", name).exact for names in PREFERENCE.values() for name in names)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sdpa", "math", "flash_attn", "xformers"])
+@pytest.mark.parametrize("name", ["sdpa", "math", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_kernels_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     spec = registry.find("kernel", name)

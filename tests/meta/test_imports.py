@@ -17,6 +17,7 @@ ORDER = (
     "grid",
     "spec",
     "builtin",
+    "tuned",
     "registry",
     "options",
     "catalog",

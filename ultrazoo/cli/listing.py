@@ -28,6 +28,10 @@ def command(
         False, "--check", help="plugins: import each in its own process and report what happens."
     ),
     seconds: float = typer.Option(60.0, "--timeout", help="Time limit of one import, in seconds.", min=0.1),
+    tune: bool = typer.Option(
+        False, "--tune", help="kernels: time every exact one here and keep the order in the user's cache."
+    ),
+    forget: bool = typer.Option(False, "--forget", help="kernels: delete the measured order."),
     json: bool = common.JSON,
 ) -> None:
     """List parts, plugins, kernels or recipes.
@@ -39,10 +43,14 @@ def command(
         raise UsageError(f"nothing to list under {what!r}; {hint}")
     if check and what != "plugins":
         raise UsageError("--check belongs to `ultrazoo list plugins`")
+    if (tune or forget) and what != "kernels":
+        raise UsageError("--tune and --forget belong to `ultrazoo list kernels`")
+    if tune and forget:
+        raise UsageError("--tune writes the measured order and --forget deletes it; give one of them")
     if what == "plugins":
         _plugins(check, seconds, json)
     elif what == "kernels":
-        _kernels(json)
+        _kernels(json, tune, forget)
     elif what == "recipes":
         _recipes(json)
     else:
@@ -118,14 +126,37 @@ def _recipes(json: bool) -> None:
     )
 
 
-def _kernels(json: bool) -> None:
+def _kernels(json: bool, tune: bool, forget: bool) -> None:
+    from .. import tuned
     from ..kernels import table
 
+    if tune:
+        _tune(json)
+        return
+    if forget:
+        out.note(
+            f"deleted {tuned.path()}" if tuned.forget() else f"nothing was measured: {tuned.path()} does not exist"
+        )
     rows = table()
     if json:
         out.emit([asdict(row) for row in rows])
-    else:
-        out.echo(kernel_table(rows))
+        return
+    out.echo(kernel_table(rows))
+    found = tuned.summary()
+    if found["order"] == "measured":
+        out.echo(f"\nauto follows the order measured on {found['measured']} ({tuned.path()})")
+
+
+def _tune(json: bool) -> None:
+    from ..kernels.tune import tune
+
+    rows, file = tune(out.note)
+    if json:
+        out.emit({"file": str(file), "measured": [asdict(row) for row in rows]})
+        return
+    shown = [[row.key, row.kernel, f"{1e3 * row.seconds:.2f}", f"{row.error:.1e}"] for row in rows]
+    out.echo(out.table(shown, ["for", "kernel", "ms", "error"]))
+    out.echo(f"\nwritten to {file}; `ultrazoo list kernels --forget` deletes it")
 
 
 def kernel_table(rows: Sequence[KernelRow]) -> str:

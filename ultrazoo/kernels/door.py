@@ -10,19 +10,46 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import registry
+from .. import registry, tuned
 from ..errors import KernelError
 from ..spec import Spec
 
-PREFERENCE = ("flash_attn", "sdpa", "math", "gathered")
-"""Order in which ``auto`` asks the built-in exact kernels."""
+PREFERENCE: Mapping[str, tuple[str, ...]] = {
+    "cuda": ("flash_attn_4", "flash_attn_3", "flash_attn", "sdpa", "math", "flex", "gathered"),
+    # on a CPU a kernel that compiles for ten seconds is not a choice to make for somebody
+    "cpu": ("sdpa", "math", "gathered"),
+}
+"""Order in which ``auto`` asks the built-in exact kernels, per kind of device; measured orders (`tuned`) come first."""
+ELSEWHERE = ("sdpa", "math", "gathered")
+
+
+def measured_key(inputs: Inputs) -> str:
+    """What a measured order for these inputs is kept under."""
+    device = torch.cuda.get_device_name(inputs.q.device) if inputs.q.device.type == "cuda" else _cpu()
+    dtype = str(inputs.q.dtype).removeprefix("torch.")
+    call = "dense" if inputs.block_map is None else "blocks"
+    return tuned.key(device, torch.__version__, dtype, inputs.q.shape[-1], call)
+
+
+@lru_cache(maxsize=1)
+def _cpu() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def preference(inputs: Inputs) -> tuple[str, ...]:
+    """The kernels that ``auto`` asks for these inputs, in order: measured ones first where there are any."""
+    fixed = PREFERENCE.get(inputs.q.device.type, ELSEWHERE)
+    measured = tuned.order_of(measured_key(inputs))
+    return (*measured, *(name for name in fixed if name not in measured))
 
 
 @dataclass(frozen=True)
@@ -182,7 +209,7 @@ def _choose(inputs: Inputs, kernel: str) -> tuple[str, type[KernelSpec]]:
         return ("math", MathSpec) if inputs.return_lse else ("sdpa", SdpaSpec)
     if kernel == "auto":
         refused = {}
-        for name in PREFERENCE:
+        for name in preference(inputs):
             spec = registry.find("kernel", name)
             why = spec.reasons(inputs)
             if not why:
@@ -193,7 +220,7 @@ def _choose(inputs: Inputs, kernel: str) -> tuple[str, type[KernelSpec]]:
     why = spec.reasons(inputs)
     if why:
         refused = {kernel: why}
-        for name in PREFERENCE:
+        for name in preference(inputs):
             refused.setdefault(name, registry.find("kernel", name).reasons(inputs))
         raise KernelError(_explain(f"kernel {kernel!r} was asked for and cannot run", inputs, refused))
     return spec.name, spec

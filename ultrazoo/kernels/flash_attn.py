@@ -1,4 +1,7 @@
-"""The flash-attn package, version 2 (Dao, arXiv 2307.08691). Ships as source; used where it is installed."""
+"""FlashAttention 2, 3 and 4 (Dao, arXiv 2307.08691; Shah et al., 2407.08608), each a package of its own; used where installed.
+
+Version 2 and 3 ship as source, version 4 is written in CuTe DSL. Log-sum-exp comes without gradients of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,155 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .block_map import BlockMap
 from .door import Inputs, KernelSpec
 
+TILE = 128
+"""Query and key blocks of version 4's lists."""
 
-@lru_cache(maxsize=1)
-def _package() -> tuple[Any, str]:
-    """The package, or why it cannot be used."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return None, "flash-attn is not installed (pip install flash-attn; it compiles from source)"
+
+@lru_cache(maxsize=4)
+def _package(module: str, install: str) -> tuple[Any, str]:
+    """The module, or why it cannot be used."""
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        return None, f"{install.split(' ', maxsplit=1)[0]} is not installed ({install.split(' ', maxsplit=1)[1]})"
     try:
-        package = importlib.import_module("flash_attn")
+        package = importlib.import_module(module)
     except Exception as error:  # a build for another torch fails at import in many ways
-        return None, f"flash-attn does not import: {type(error).__name__}: {error}"
+        return None, f"{module} does not import: {type(error).__name__}: {error}"
     if not torch.cuda.is_available():
-        return None, "flash-attn needs a CUDA device, this machine shows none"
+        return None, f"{module} needs a CUDA device, this machine shows none"
     return package, ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlashAttnSpec(KernelSpec):
-    """`flash_attn.flash_attn_func`, token-major."""
+class _Flash(KernelSpec):
+    """What the versions share: token-major tensors, half precision, CUDA."""
 
-    name: ClassVar[str] = "flash_attn"
-    source: ClassVar[str] = "arXiv:2307.08691"
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     head_dims: ClassVar[tuple[int, int]] = (8, 256)
+    takes: ClassVar[frozenset[str]] = frozenset({"lse"})
+    module: ClassVar[str] = ""
+    install: ClassVar[str] = ""
+    capability: ClassVar[int] = 8
 
     @classmethod
     def absent(cls) -> str:
-        return _package()[1]
+        why = _package(cls.module, cls.install)[1]
+        if not why and torch.cuda.get_device_capability()[0] < cls.capability:
+            return f"needs compute capability {cls.capability}.0 or later, this is {torch.cuda.get_device_name()}"
+        return why
+
+    @classmethod
+    def reasons(cls, inputs: Inputs) -> list[str]:
+        found = super().reasons(inputs)
+        if inputs.return_lse and inputs.needs_grad:
+            found.append("returns lse without gradients")
+        if inputs.q.shape[-1] % 8:
+            found.append(f"needs a head size that 8 divides, got {inputs.q.shape[-1]}")
+        return found
+
+    @classmethod
+    def call(cls, package: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Any:
+        """The package's function on token-major tensors: the output, or a tuple of it and lse (B, heads, Lq)."""
+        raise TypeError(f"{cls.__name__} calls nothing")
 
     @classmethod
     def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        package = _package()[0]
         q, k, v = (z.transpose(1, 2) for z in (inputs.q, inputs.k, inputs.v))
-        out = package.flash_attn_func(q, k, v, softmax_scale=inputs.scale)
-        return out.transpose(1, 2), None
+        found = cls.call(_package(cls.module, cls.install)[0], q, k, v, inputs)
+        out, lse = (found[0], found[1]) if isinstance(found, tuple) else (found, None)
+        return out.transpose(1, 2), lse
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashAttnSpec(_Flash):
+    """`flash_attn.flash_attn_func`."""
+
+    name: ClassVar[str] = "flash_attn"
+    source: ClassVar[str] = "arXiv:2307.08691"
+    module: ClassVar[str] = "flash_attn"
+    install: ClassVar[str] = "flash-attn pip install flash-attn; it compiles from source"
+
+    @classmethod
+    def call(cls, package: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Any:
+        return package.flash_attn_func(q, k, v, softmax_scale=inputs.scale, return_attn_probs=inputs.return_lse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashAttn3Spec(_Flash):
+    """`flash_attn_interface.flash_attn_func`, for Hopper."""
+
+    name: ClassVar[str] = "flash_attn_3"
+    source: ClassVar[str] = "arXiv:2407.08608"
+    module: ClassVar[str] = "flash_attn_interface"
+    install: ClassVar[str] = "flash-attn-3 install hopper/ of the flash-attention repository; it compiles from source"
+    capability: ClassVar[int] = 9
+
+    @classmethod
+    def reasons(cls, inputs: Inputs) -> list[str]:
+        found = super().reasons(inputs)
+        if not cls.absent() and torch.cuda.get_device_capability(inputs.q.device)[0] != 9:
+            found.append("runs on Hopper only")
+        return found
+
+    @classmethod
+    def call(cls, package: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Any:
+        # releases differ: some return lse always, some take a flag for it
+        if not inputs.return_lse:
+            return package.flash_attn_func(q, k, v, softmax_scale=inputs.scale)
+        try:
+            return package.flash_attn_func(q, k, v, softmax_scale=inputs.scale, return_attn_probs=True)
+        except TypeError:
+            return package.flash_attn_func(q, k, v, softmax_scale=inputs.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashAttn4Spec(_Flash):
+    """`flash_attn.cute.flash_attn_func`, for Hopper and Blackwell; takes lists of key blocks."""
+
+    name: ClassVar[str] = "flash_attn_4"
+    source: ClassVar[str] = "github.com/Dao-AILab/flash-attention, flash_attn/cute"
+    takes: ClassVar[frozenset[str]] = frozenset({"lse", "block_map"})
+    module: ClassVar[str] = "flash_attn.cute.interface"
+    install: ClassVar[str] = "flash-attn-4 pip install flash-attn-4"
+    capability: ClassVar[int] = 9
+
+    @classmethod
+    def reasons(cls, inputs: Inputs) -> list[str]:
+        found = super().reasons(inputs)
+        block_map: BlockMap | None = inputs.block_map
+        if block_map is not None:
+            for which, blocks in (("query", block_map.queries), ("key", block_map.keys)):
+                if not blocks.uniform or blocks.largest != TILE:
+                    found.append(f"takes {which} blocks of {TILE} tokens alone, these are of up to {blocks.largest}")
+            if inputs.needs_grad:
+                found.append("has no backward with a block map here")
+        return found
+
+    @classmethod
+    def call(cls, package: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Any:
+        options: dict[str, Any] = {"softmax_scale": inputs.scale}
+        if inputs.return_lse:
+            options["return_lse"] = True
+        if inputs.block_map is not None:
+            options["block_sparse_tensors"] = _block_lists(inputs.block_map)
+        return package.flash_attn_func(q, k, v, **options)
+
+
+def _block_lists(block_map: BlockMap) -> Any:
+    """The package's named tuple: every chosen block in full, none in part."""
+    from .flex import lists
+
+    sparsity = importlib.import_module("flash_attn.cute.block_sparsity")
+    chosen = block_map.rows(0, block_map.queries.count)
+    chosen = chosen.expand(block_map.batch, block_map.heads, -1, -1)
+    counts, indices = lists(chosen)
+    return sparsity.BlockSparseTensorsTorch(
+        mask_block_cnt=torch.zeros_like(counts),
+        mask_block_idx=torch.zeros_like(indices),
+        full_block_cnt=counts,
+        full_block_idx=indices,
+    )

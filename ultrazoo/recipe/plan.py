@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .. import cost
+from .. import cost, tuned
 from ..cost import Clip, Fit, LayerPlan, Priced, Seconds, Totals
 from ..grid import Grid
 from .resolved import SCHEMA, Resolved
@@ -63,6 +63,7 @@ class Plan:
             "clip": self.clip.data(),
             "fits": [fit.data() for fit in self.fits],
             "plugins": [dict(row) for row in self.resolved.plugins],
+            "kernels": tuned.summary(),
             "recipe": self.resolved.data(),
         }
 
