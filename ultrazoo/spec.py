@@ -257,7 +257,8 @@ class AttentionSpec(Spec):
 
         For designs that know it without a row per token, as at 685 440 tokens; None: take the union of rows.
         """
-        return None
+        expanded = self.expand(site)
+        return None if expanded is self else expanded.reach(site, tokens)
 
     def traits(self) -> Traits:
         raise TypeError(f"{type(self).__name__} declares no traits")
