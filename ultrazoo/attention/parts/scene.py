@@ -22,7 +22,7 @@ class Scene:
 
     `key_valid` (B, keys) is False where a key is not real. `layer` and `layers` say where the block stands, `step` is
     (index, count) or None, `state` what may be kept between calls. `keep` replaces the kept share of a selector that has
-    one: a number, or one per head.
+    one: a number, or one per head. Statistics carry gradients if the scene was made `with_grad`, whoever asks first.
     """
 
     place: Place
@@ -37,6 +37,7 @@ class Scene:
     branch: str | None = None
     state: dict[Any, Any] | None = None
     keep: float | tuple[float, ...] | None = None
+    with_grad: bool = field(default_factory=torch.is_grad_enabled)
     _made: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -45,7 +46,9 @@ class Scene:
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         if name not in self._made:
-            self._made[name] = make()
+            # maps are made without gradients, and far fields want those of the same statistics
+            with torch.set_grad_enabled(self.with_grad):
+                self._made[name] = make()
         return self._made[name]
 
     @property
