@@ -35,6 +35,8 @@ TABLE: tuple[Row, ...] = (
     _attention("branched", "branched:BranchedSpec", "branches side by side, fused", "needs tuning"),
     _attention("ultragen", "ultragen:UltraGenSpec", "local, regional and global branches", "needs tuning", "UltraGen"),
     _attention("swin", "swin:SwinSpec", "windows that move by half on odd layers", "needs tuning", "video_swin"),
+    _attention("axes", "axes:AxesSpec", "along one axis or some (axial, Latte)", "needs tuning", "axial"),
+    _attention("t3", "t3:T3Spec", "close and remote windows, averaged (T3-Video)", "needs tuning", "T3"),
     _attention("linear", "linear:LinearSpec", "one D x D state per head (SANA, SANA-Video)", "needs tuning"),
     _attention(
         "kv_compress", "kv_compress:KvCompressSpec", "keys compressed after projection (PixArt)", "needs tuning"
@@ -46,8 +48,10 @@ TABLE: tuple[Row, ...] = (
         "needs tuning",
     ),
     _attention("delta", "delta:DeltaSpec", "window softmax, delta-rule state beyond it (VDN)", "needs tuning", "vdn"),
+    _attention("radial", "radial:RadialSpec", "bands between frames that thin with distance", "training-free"),
     _part("layout", "whole", "layouts:WholeSpec", "one group: the whole grid"),
     _part("layout", "windows", "layouts:WindowsSpec", "contiguous windows by count or size"),
+    _part("layout", "about", "about:AboutSpec", "windows of about so many tokens, by divisors"),
     _part("layout", "strided", "layouts:StridedSpec", "every n-th token along an axis", "grid", "remote"),
     _part("shift", "none", "shifts:NoShiftSpec", "the same windows in every layer"),
     _part("shift", "roll", "shifts:RollSpec", "odd layers move the window borders (Swin)"),
@@ -62,6 +66,7 @@ TABLE: tuple[Row, ...] = (
     _part("selector", "all", "selectors:AllSpec", "every key block"),
     _part("selector", "band", "selectors:BandSpec", "key blocks near the query block in the order"),
     _part("selector", "sink", "selectors:SinkSpec", "key blocks of the first frames"),
+    _part("selector", "radial", "radial:RadialMapSpec", "bands between frames, thinner with distance"),
     _part("selector", "pooled", "selectors:PooledSpec", "the best scores of block means"),
     _part("selector", "union", "selectors:UnionSpec", "what any of several selectors chooses"),
     _part("selector", "budget", "budgets:BudgetSpec", "another share per head or denoising step"),

@@ -185,9 +185,20 @@ class BlockSparseAttention(Attention):
         self.far = spec.far.build(site)
 
     def forward(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
-        spec: Any = self.spec
         q, k, v = host.heads(*host.project(x, "qkv"), grid_positions(call.grid, x.device))  # (B, N, heads, D)
         assert q is not None and k is not None and v is not None
+        y, pattern = self._attend(x, q, k, v, call)
+        out = host.out(y.flatten(2))
+        if call.extra is None:
+            return out
+        rows = attend_extra(call.extra, k, v, call.key_valid, "auto")
+        return out, _with_pattern_rows(rows, pattern, _segments(call))
+
+    # lists of blocks are data: a compiler goes around them
+    @torch.compiler.disable
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Grid rows (B, N, heads, D) in the grid's order, and rows of extra tokens that follow the pattern."""
+        spec: Any = self.spec
         segments = () if call.extra is None else _segments(call)
         place = _place(spec.order, Grid(*call.grid), segments)
         scene = self._scene(x, q, k, v, call, place)
@@ -195,12 +206,7 @@ class BlockSparseAttention(Attention):
         mask = None if scene.key_valid is None else scene.key_valid[:, None, None]
         near, lse = self._near(scene, block_map, mask)
         y = self.far(scene, block_map, near, lse)  # (B, heads, queries, D)
-        grid_rows = restored(y[:, :, : x.shape[1]], place)
-        out = host.out(grid_rows.flatten(2))
-        if call.extra is None:
-            return out
-        rows = attend_extra(call.extra, k, v, call.key_valid, "auto")
-        return out, _with_pattern_rows(rows, y[:, :, x.shape[1] :], place)
+        return restored(y[:, :, : x.shape[1]], place), y[:, :, x.shape[1] :]
 
     def _near(self, scene: Scene, block_map: BlockMap, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         spec: Any = self.spec
@@ -278,9 +284,10 @@ def restored(y: Tensor, place: Place) -> Tensor:
     return y.transpose(1, 2).index_select(1, torch.as_tensor(back, device=y.device))
 
 
-def _with_pattern_rows(dense: Tensor, pattern: Tensor, place: Place) -> Tensor:
+def _with_pattern_rows(dense: Tensor, pattern: Tensor, segments: tuple[Segment, ...]) -> Tensor:
     """Extra rows (B, M, heads*D) with those that follow the pattern put in their place."""
-    if not place.query_rows:
+    if not pattern.shape[2]:
         return dense
-    rows = torch.tensor(place.query_rows, device=dense.device)
+    follows = [segment.rows == "pattern" for segment in segments for _ in range(segment.length)]
+    rows = torch.tensor(follows, device=dense.device).nonzero()[:, 0]
     return dense.index_copy(1, rows, pattern.transpose(1, 2).flatten(2))

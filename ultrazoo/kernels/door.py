@@ -142,13 +142,14 @@ class KernelSpec(Spec):
 
 @dataclass(frozen=True)
 class Run:
-    """One call that went through the door: the kernel, the shapes of q and k, and the query-key pairs visited over batch
-    and heads."""
+    """One call that went through the door: the kernel, the shapes of q and k, the query-key pairs visited over batch and
+    heads, and whether it followed lists of blocks."""
 
     kernel: str
     q: tuple[int, ...]
     k: tuple[int, ...]
     pairs: int
+    blocks: bool = False
 
 
 _RECORDS: contextvars.ContextVar[tuple[list[Run], ...]] = contextvars.ContextVar("ultrazoo_kernel_records", default=())
@@ -191,7 +192,7 @@ def attend(
     name, spec = _choose(inputs, kernel)
     if not _tracing():
         for runs in _RECORDS.get():
-            runs.append(Run(name, tuple(q.shape), tuple(k.shape), inputs.pairs))
+            runs.append(Run(name, tuple(q.shape), tuple(k.shape), inputs.pairs, block_map is not None))
     out, lse = spec.run(inputs)
     if not return_lse:
         return out
