@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cost.fakes import Range, Sampler
 from ultrazoo import registry
+from ultrazoo.attention.contract import Extra
 from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.parts.coords import CoordsSpec
 from ultrazoo.attention.standalone import Standalone
@@ -51,7 +52,9 @@ def test_an_attention_costs_what_torch_counts(name, index):
     with torch.device("meta"):
         module = Standalone(spec, site)
         x, time = torch.empty(1, site.tokens, site.dim), torch.empty(1)
-    total, lifts = counted(module, x, tuple(site.grid), time if site.has_timestep else None)
+        more = torch.empty(3, 1, site.extra_tokens, site.heads, site.head_dim)
+    extra = Extra(*more, segments=site.extra) if site.extra else None
+    total, lifts = counted(module, x, tuple(site.grid), time if site.has_timestep else None, extra)
     convolutions = sum(branch.other_flops for branch in cost.branches)
     assert cost.flops - convolutions == total - lifts
     assert lifts <= convolutions
