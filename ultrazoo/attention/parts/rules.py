@@ -34,10 +34,18 @@ class RuleSpec(Options):
         """Does the rule keep every block whatever the scores?"""
         return False
 
+    @property
+    def softness(self) -> float | None:
+        """Temperature of a rule that weighs every block instead of choosing some; None where it chooses."""
+        return None
 
-def kept(share: float, blocks: int, multiple: int = 1, least: int = 1) -> int:
-    """How many blocks a share of `blocks` is: rounded up, up to a multiple, at least `least`, at most all."""
-    count = math.ceil(share * blocks - 1e-9)
+
+def kept(share: float, blocks: int, multiple: int = 1, least: int = 1, down: bool = False) -> int:
+    """How many blocks a share of `blocks` is: rounded up or down, then up to a multiple, at least `least`, at most all.
+
+    A share that is whole but for rounding is whole.
+    """
+    count = math.floor(share * blocks + 1e-9) if down else math.ceil(share * blocks - 1e-9)
     count = -(-count // multiple) * multiple
     return min(blocks, max(count, least))
 
@@ -67,18 +75,29 @@ class TopKSpec(RuleSpec):
 
     name: ClassVar[str] = "topk"
 
-    share: float | None = option(0.1, "share of the key blocks, rounded up", gt=0, le=1)
+    share: float | None = option(0.1, "share of the key blocks", gt=0, le=1)
+    rounding: Literal["up", "down"] = option("up", "a share that is no whole number of blocks")
     count: int | None = option(None, "number of key blocks, instead of a share", ge=1)
     multiple: int = option(1, "round the number up to a multiple of this", ge=1)
     least: int = option(1, "never fewer than this", ge=1)
+    soft: float | None = option(
+        None, "temperature of SoftTop-k (SLA2): every block weighed, by weights that add up to the number; dense", gt=0
+    )
 
     def number(self, blocks: int, keep: float | None = None) -> int:
         if keep is not None:
-            return kept(keep, blocks, self.multiple, self.least)
+            return kept(keep, blocks, self.multiple, self.least, self.rounding == "down")
         if self.count is not None:
             return min(self.count, blocks)
         assert self.share is not None
-        return kept(self.share, blocks, self.multiple, self.least)
+        return kept(self.share, blocks, self.multiple, self.least, self.rounding == "down")
+
+    def weight(self, blocks: int) -> float:
+        """What the soft weights of a row add up to: the share before it is rounded."""
+        if self.count is not None:
+            return min(self.count, blocks)
+        assert self.share is not None
+        return min(blocks, max(self.least, self.share * blocks))
 
     def problems(self, site: Site) -> list[Problem]:
         if self.count is None and self.share is None:
@@ -86,7 +105,7 @@ class TopKSpec(RuleSpec):
         return []
 
     def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
-        number = self.number(blocks, keep)
+        number = blocks if self.soft is not None else self.number(blocks, keep)
         return number, number, number
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
@@ -97,6 +116,10 @@ class TopKSpec(RuleSpec):
 
     def keeps_all(self) -> bool:
         return self.count is None and self.share == 1
+
+    @property
+    def softness(self) -> float | None:
+        return self.soft
 
 
 def _smallest_mass(scores: Tensor, mass: float) -> Tensor:
@@ -158,7 +181,7 @@ class MeanStdSpec(RuleSpec):
     """Scores above mean + tau · standard deviation of the row's scores over key blocks (Sol-Attn, arXiv 2607.24027).
 
     `moments`: ``exact``, of the scores themselves; ``diag``, from the variances of the pooled keys' channels, as if they
-    were independent. `tau` null keeps every block.
+    were independent. Over key blocks that hold a valid key. `tau` null or minus infinity keeps every block.
     """
 
     name: ClassVar[str] = "mean_std"
@@ -167,26 +190,33 @@ class MeanStdSpec(RuleSpec):
     moments: Literal["diag", "exact"] = option("diag", "how the row's variance is taken")
 
     def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
-        if self.tau is None:
+        if self.keeps_all():
             return blocks, blocks, blocks
+        assert self.tau is not None
         # a normal law of scores, as the source assumes; the data decides
         return 0, blocks * (1 - NormalDist().cdf(self.tau)), blocks
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
-        if self.tau is None:
+        if self.keeps_all():
             return torch.ones_like(scores, dtype=torch.bool)
-        mean = scores.mean(-1, keepdim=True)
+        assert self.tau is not None
+        some = (scene.counts[:, :, : scores.shape[-1]] > 0).to(scores.dtype)  # (B | 1, 1, blocks, 1)
+        blocks = some.sum(2).clamp(min=1)
+        row = some.transpose(-1, -2)
+        finite = scores.masked_fill(row == 0, 0.0)
+        mean = finite.sum(-1, keepdim=True) / blocks.unsqueeze(2)
         if self.moments == "exact":
-            variance = scores.var(-1, correction=0, keepdim=True)
+            variance = ((finite - mean).square() * row).sum(-1, keepdim=True) / blocks.unsqueeze(2)
         else:
             keys = scene.k_means[:, :, : scores.shape[-1]]
             queries = scene.q_means[:, :, lo : lo + scores.shape[2]]
-            spread = keys.var(2, correction=0)
+            centred = keys - (keys * some).sum(2, keepdim=True) / blocks.unsqueeze(2)
+            spread = (centred.square() * some).sum(2) / blocks
             variance = scene.scale**2 * (queries.square() @ spread.unsqueeze(-1))
         return scores > mean + self.tau * (variance.clamp(min=0) + 1e-6).sqrt()
 
     def keeps_all(self) -> bool:
-        return self.tau is None
+        return self.tau is None or self.tau == float("-inf")
 
 
 RULES: Mapping[str, type[RuleSpec]] = {
