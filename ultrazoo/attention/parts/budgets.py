@@ -89,6 +89,9 @@ class BudgetSpec(SelectorSpec):
     def parameters(self, site: Site) -> int:
         return self.of.parameters(site)
 
+    def frozen(self) -> tuple[str, ...]:
+        return tuple(f"of.{name}" for name in self.of.frozen())
+
     def keeps_all(self) -> bool:
         return self.heads is not None and all(share == 1 for share in self.heads)
 
@@ -160,6 +163,9 @@ class CachedSpec(SelectorSpec):
 
     def parameters(self, site: Site) -> int:
         return self.of.parameters(site)
+
+    def frozen(self) -> tuple[str, ...]:
+        return tuple(f"of.{name}" for name in self.of.frozen())
 
     def keeps_all(self) -> bool:
         return self.of.keeps_all()

@@ -20,7 +20,8 @@ Rows = Callable[[int, int], Tensor]
 class Scene:
     """One call: q (B, heads, queries, D) and k, v (B, heads, keys, D), normed, rotated, in block order; x (B, N, C).
 
-    `key_valid` (B, keys) is False where a key is not real. `layer` and `layers` say where the block stands, `step` is
+    `key_valid` (B, keys) and `query_valid` (B, queries) are False where a token is not real: what stands there decides
+    nothing. `layer` and `layers` say where the block stands, `step` is
     (index, count) or None, `state` what may be kept between calls. `keep` replaces the kept share of a selector that has
     one: a number, or one per head. Statistics carry gradients if the scene was made `with_grad`, whoever asks first.
     """
@@ -37,6 +38,7 @@ class Scene:
     branch: str | None = None
     state: dict[Any, Any] | None = None
     keep: float | tuple[float, ...] | None = None
+    query_valid: Tensor | None = None
     with_grad: bool = field(default_factory=torch.is_grad_enabled)
     _made: dict[str, Tensor] = field(default_factory=dict)
 
@@ -44,7 +46,8 @@ class Scene:
     def scale(self) -> float:
         return float(self.q.shape[-1] ** -0.5)
 
-    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made at the first call under this name."""
         if name not in self._made:
             # maps are made without gradients, and far fields want those of the same statistics
             with torch.set_grad_enabled(self.with_grad):
@@ -54,22 +57,22 @@ class Scene:
     @property
     def q_means(self) -> Tensor:
         """(B, heads, query blocks, D), fp32 or wider."""
-        return self._once("q", lambda: block_means(self.q, self.place.queries))
+        return self.once("q", lambda: block_means(self.q, self.place.queries, self.query_valid))
 
     @property
     def k_means(self) -> Tensor:
         """(B, heads, key blocks, D) over valid keys, fp32 or wider."""
-        return self._once("k", lambda: block_means(self.k, self.place.keys, self.key_valid))
+        return self.once("k", lambda: block_means(self.k, self.place.keys, self.key_valid))
 
     @property
     def v_sums(self) -> Tensor:
         """(B, heads, key blocks, D) over valid keys, fp32 or wider."""
-        return self._once("v", lambda: block_sums(self.v, self.place.keys, self.key_valid))
+        return self.once("v", lambda: block_sums(self.v, self.place.keys, self.key_valid))
 
     @property
     def counts(self) -> Tensor:
         """Valid keys per key block, (B | 1, 1, key blocks, 1)."""
-        return self._once("n", lambda: block_counts(self.place.keys, self.k.device, self.key_valid))
+        return self.once("n", lambda: block_counts(self.place.keys, self.k.device, self.key_valid))
 
     def with_keep(self, keep: float | tuple[float, ...] | None) -> Scene:
         """The same scene for a selector that keeps another share; statistics are shared."""
@@ -82,11 +85,13 @@ class Scene:
         and which hold a token, bool (B | 1, 1, blocks, parts)."""
         blocks = self.place.queries if which == "q" else self.place.keys
         z = self.q if which == "q" else self.k
-        valid = None if which == "q" else self.key_valid
+        valid = self.query_valid if which == "q" else self.key_valid
         if parts == 1:
             means = self.q_means if which == "q" else self.k_means
             some = torch.ones(1, 1, blocks.count, 1, dtype=torch.bool, device=z.device)
-            return means.unsqueeze(3), some if valid is None else (self.counts > 0)
+            if valid is not None:
+                some = self.counts > 0 if which == "k" else block_counts(blocks, z.device, valid) > 0
+            return means.unsqueeze(3), some
         run = -(-blocks.largest // parts)
         real = block_valid(blocks, z.device)
         real = z.new_ones(1, blocks.largest, dtype=torch.bool) if real is None else real

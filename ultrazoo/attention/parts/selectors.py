@@ -20,6 +20,7 @@ from ...spec import Site, Spec, option
 from .orders import Place
 from .rules import RULES, RuleSpec, TopKSpec
 from .scene import Rows, Scene
+from .states import log_norms, log_variances
 
 CHUNK = 1 << 22
 """Entries of a static map made at a time."""
@@ -74,6 +75,15 @@ class SelectorSpec(Spec):
     def keeps_all(self) -> bool:
         """Does it keep every block, whatever the data?"""
         return False
+
+    def frozen(self) -> tuple[str, ...]:
+        """Own parameters that are used and not trained, by name."""
+        return ()
+
+    @property
+    def softness(self) -> float | None:
+        """Temperature of a selector that weighs every block, with gradients; None where it chooses."""
+        return None
 
     def build(self, site: Site) -> nn.Module:
         """``module(scene)`` → rows (see `scene.Rows`)."""
@@ -175,13 +185,15 @@ class PooledSpec(SelectorSpec):
     """Scores of block means, and a rule for how many to keep.
 
     The score of a block pair is ``logsumexp over runs a, c of s · q̄_a · k̄_c`` (plain ``s · q̄ · k̄`` with one run), in fp32.
+    `key_bias`: the log of the variance of a block's keys, or of ``||sum_r (k_r - k̄)^T v_r||`` (PISA). Learned projections
+    train where the rule is soft; a hard choice gives them no gradient, so they are frozen there.
     """
 
     name: ClassVar[str] = "pooled"
 
     rule: RuleSpec = option(TopKSpec(), "how many blocks are kept", choices=RULES)
     runs: tuple[int, ...] = option((1, 1), "runs that a query block and a key block are cut into", ge=1)
-    key_bias: Literal["none", "log_variance"] = option("none", "added to the score of a key block")
+    key_bias: Literal["none", "log_variance", "log_norm"] = option("none", "added to the score of a key block")
     centre: bool = option(False, "subtract the mean of all keys first")
     project: bool = option(False, "learned projections of block means, identity at the start")
 
@@ -190,6 +202,14 @@ class PooledSpec(SelectorSpec):
         if len(self.runs) != 2:
             found.append(
                 Problem("runs", f"got {len(self.runs)} numbers", "give two: of query blocks and of key blocks")
+            )
+        plain = self.runs == (1, 1) and not self.project and self.key_bias == "none"
+        if getattr(self.rule, "moments", "") == "diag" and not plain:
+            rule = "diag is the variance of plain scores: one run, no projection, no key_bias"
+            found.append(Problem("rule.moments", rule, "use exact"))
+        if self.softness is not None and self.key_bias != "none":
+            found.append(
+                Problem("key_bias", "has no gradient, and the rule is soft", "use none, or a rule that chooses")
             )
         return found
 
@@ -210,13 +230,24 @@ class PooledSpec(SelectorSpec):
     def flops(self, place: Place, site: Site) -> int:
         scores = 2 * place.queries.count * self.runs[0] * place.selectable * self.runs[1] * site.inner
         blocks = place.queries.count + place.selectable
-        return scores + (2 * blocks * site.head_dim * site.inner if self.project else 0)
+        if self.project:
+            scores += 2 * blocks * site.head_dim * site.inner
+        if self.key_bias == "log_norm":
+            scores += 2 * place.keys.starts[place.selectable] * site.head_dim * site.inner
+        return scores
 
     def parameters(self, site: Site) -> int:
         return 2 * site.head_dim**2 if self.project else 0
 
     def keeps_all(self) -> bool:
         return self.rule.keeps_all()
+
+    def frozen(self) -> tuple[str, ...]:
+        return ("query.weight", "key.weight") if self.project and self.softness is None else ()
+
+    @property
+    def softness(self) -> float | None:
+        return self.rule.softness
 
     def build(self, site: Site) -> nn.Module:
         return _Pooled(self, site)
@@ -232,6 +263,8 @@ class _Pooled(nn.Module):
             size = site.head_dim
             self.query = marked(nn.Linear(size, size, bias=False), weight=identity(size))
             self.key = marked(nn.Linear(size, size, bias=False), weight=identity(size))
+            if spec.softness is None:
+                self.requires_grad_(False)
 
     def scores(self, scene: Scene, lo: int, hi: int) -> Tensor:
         """(B, heads, hi - lo, selectable), fp32 or wider."""
@@ -245,25 +278,19 @@ class _Pooled(nn.Module):
             mean = (scene.k_means[:, :, :most] * total).sum(2, keepdim=True) / total.sum(2, keepdim=True).clamp(min=1)
             keys = keys - mean.unsqueeze(3)
         if spec.project:
-            queries, keys = self.query(queries.to(self.query.weight)), self.key(keys.to(self.key.weight))
+            # scores are in fp32 whatever the parameters are in
+            queries, keys = (z @ part.weight.to(z.dtype).T for z, part in ((queries, self.query), (keys, self.key)))
         dots = scene.scale * (queries.flatten(2, 3) @ keys.flatten(2, 3).transpose(-1, -2))
         if spec.runs != (1, 1):
             pairs = dots.unflatten(-1, (most, -1)).unflatten(2, (hi - lo, -1))
             both = some_q[:, :, :, :, None, None] & some_k[:, :, None, None]
             dots = pairs.masked_fill(~both, float("-inf")).permute(0, 1, 2, 4, 3, 5).flatten(4).logsumexp(-1)
-        if spec.key_bias == "log_variance":
-            dots = dots + self._log_variance(scene)[:, :, None, :most]
+        if spec.key_bias != "none":
+            of_keys = log_norms if spec.key_bias == "log_norm" else log_variances
+            dots = dots + scene.once(spec.key_bias, lambda: of_keys(scene)).unsqueeze(2)
         if scene.key_valid is not None:
             dots = dots.masked_fill((scene.counts[:, :, :most] == 0).transpose(-1, -2), float("-inf"))
         return dots
-
-    def _log_variance(self, scene: Scene) -> Tensor:
-        """(B, heads, key blocks): log of the trace of the covariance of a block's keys."""
-        from ...ops.blocks import block_means
-
-        wide = scene.k.to(scene.k_means.dtype)
-        squares = block_means(wide.square(), scene.place.keys, scene.key_valid).sum(-1)
-        return (squares - scene.k_means.square().sum(-1)).clamp(min=1e-12).log()
 
     def forward(self, scene: Scene) -> Rows:
         def rows(lo: int, hi: int) -> Tensor:
@@ -333,6 +360,9 @@ class UnionSpec(SelectorSpec):
 
     def parameters(self, site: Site) -> int:
         return sum(one.parameters(site) for one in self.of)
+
+    def frozen(self) -> tuple[str, ...]:
+        return tuple(f"of.{i}.{name}" for i, one in enumerate(self.of) for name in one.frozen())
 
     def keeps_all(self) -> bool:
         return any(one.keeps_all() for one in self.of)
