@@ -49,6 +49,7 @@ TABLE: tuple[Row, ...] = (
     ),
     _attention("delta", "delta:DeltaSpec", "window softmax, delta-rule state beyond it (VDN)", "needs tuning", "vdn"),
     _attention("radial", "radial:RadialSpec", "bands between frames that thin with distance", "training-free"),
+    _attention("divided", "divided:DividedSpec", "over time, then inside each frame (TimeSformer)", "needs tuning"),
     _part("layout", "whole", "layouts:WholeSpec", "one group: the whole grid"),
     _part("layout", "windows", "layouts:WindowsSpec", "contiguous windows by count or size"),
     _part("layout", "about", "about:AboutSpec", "windows of about so many tokens, by divisors"),

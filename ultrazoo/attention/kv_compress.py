@@ -102,18 +102,25 @@ class KvCompressSpec(AttentionSpec):
         other = 2 * 2 * keys * site.inner * taps if self.learns else 0
         return fewer_cost(site, keys, name="compressed", qkv=3, other=other, parameters=parameters)
 
+    def _kept(self, grid: Grid) -> np.ndarray:
+        """Which tokens matter as keys: bool (N,)."""
+        if self.mode == "uniform_every":
+            return np.arange(grid.tokens) % self.size[1] == 0
+        if self.mode != "uniform":
+            return np.ones(grid.tokens, dtype=bool)
+        t, h, w = (np.arange(length) % factor == 0 for length, factor in zip(grid, self.size, strict=True))
+        kept: np.ndarray = (t[:, None, None] & h[:, None] & w).reshape(-1)
+        return kept
+
     def visible(self, site: Site, queries: Sequence[int] | None = None) -> np.ndarray:
         wanted = np.arange(site.tokens) if queries is None else np.asarray(queries, dtype=int)
-        kept = np.ones(site.tokens, dtype=bool)
-        if self.mode == "uniform_every":
-            kept = np.arange(site.tokens) % self.size[1] == 0
-        elif self.mode == "uniform":
-            t, h, w = (np.arange(length) % factor == 0 for length, factor in zip(site.grid, self.size, strict=True))
-            kept = (t[:, None, None] & h[:, None] & w).reshape(-1)
-        seen = np.repeat(kept[None], len(wanted), axis=0)
+        seen = np.repeat(self._kept(site.grid)[None], len(wanted), axis=0)
         # a token is its own query
         seen[np.arange(len(wanted)), wanted] = True
         return seen[None]
+
+    def reach(self, site: Site, tokens: np.ndarray) -> np.ndarray:
+        return tokens | (self._kept(site.grid) & tokens.any(axis=1, keepdims=True))
 
     def traits(self) -> Traits:
         exact = not self.compresses
@@ -149,7 +156,7 @@ class KvCompressAttention(Attention):
         self.norm: nn.Module | None = None
         if spec.learns:
             kernel = spec.size if spec.size[0] > 1 else spec.size[1:]
-            conv = (nn.Conv2d, nn.Conv3d)[len(kernel) - 2]
+            conv: Any = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
             self.sr = marked(
                 conv(site.inner, site.inner, kernel, stride=kernel, groups=site.inner),
                 weight=Constant(1 / math.prod(kernel)),
@@ -202,8 +209,8 @@ class KvCompressAttention(Attention):
             z = z.masked_fill(~valid[..., None, None], 0.0)
         cells = z.flatten(2).unflatten(1, grid)  # (B, T, H, W, heads*D)
         if self.sr is not None and self.norm is not None:
-            conv: Any = self.sr
-            cells = self.norm(pool.conv_cells(cells, conv.weight, conv.bias, spec.size, traced=self.traced))
+            own: Any = self.sr
+            cells = self.norm(pool.conv_cells(cells, own.weight, own.bias, spec.size, traced=self.traced))
         elif spec.mode == "uniform":
             cells = pool.first_of_cells(cells, spec.size, traced=self.traced)
         elif spec.compresses and spec.mode == "average":

@@ -108,6 +108,9 @@ class SpatialReductionSpec(AttentionSpec):
         count = site.tokens if queries is None else len(queries)
         return np.ones((1, count, site.tokens), dtype=bool)
 
+    def reach(self, site: Site, tokens: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(tokens.any(axis=1, keepdims=True), tokens.shape)
+
     def traits(self) -> Traits:
         exact = not self.reduces
         smallest = self.cells if self.mode == "conv" else (1, 2, 2)
@@ -142,7 +145,7 @@ class SpatialReductionAttention(Attention):
         if spec.reduces:
             cell = (1, 1, 1) if spec.mode == "pool" else spec.cells
             kernel = cell if cell[0] > 1 else cell[1:]
-            conv = (nn.Conv2d, nn.Conv3d)[len(kernel) - 2]
+            conv: Any = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
             # variance 2 / fan-out, as the released models start
             std = math.sqrt(2 / (math.prod(kernel) * site.dim))
             self.sr = marked(conv(site.dim, site.dim, kernel, stride=kernel), weight=Normal(std), bias=Constant(0.0))
@@ -158,7 +161,7 @@ class SpatialReductionAttention(Attention):
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
             valid = valid.unflatten(1, grid)
         wants_all = call.extra is not None or not spec.reduces
-        raw = host.project(x, "qkv") if wants_all else (host.project(x, "q"), None, None)
+        raw: Any = host.project(x, "qkv") if wants_all else (host.project(x, "q"), None, None)
         q, k_all, v_all = host.heads(*raw, grid_positions(grid, x.device))
         assert q is not None
         if spec.reduces:

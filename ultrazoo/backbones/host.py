@@ -19,7 +19,7 @@ class ProjectedHost(nn.Module):
     """
 
     projection_names: ClassVar[dict[str, str]] = {
-        f"{which}.{part}": f"{which}.{part}" for which in "qkv" for part in ("weight", "bias")
+        f"{which}.{part}": f"{which}.{part}" for which in "qkvo" for part in ("weight", "bias")
     }
 
     def __init__(self, site: Site, eps: float = 1e-6):
