@@ -233,11 +233,12 @@ class BranchedSpec(AttentionSpec):
         notes = "ragged: resize chooses sizes by arithmetic on plain ints" if resizes else ""
         if stretched and not resizes:
             notes = "a rope rule with window origin depends on the longest window, which is a plain int"
+        notes = notes or next((branch.layout.fixed for branch in self.branches.values() if branch.layout.fixed), "")
         return Traits(
             start=start,
             needs=frozenset(needs),
             exact_at_init=exact,
-            export=() if resizes or stretched else ("pt2",),
+            export=() if notes else ("pt2",),
             key_valid=not resizes,
             min_grid=(smallest[0], smallest[1], smallest[2]),
             notes=notes,

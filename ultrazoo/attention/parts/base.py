@@ -51,6 +51,8 @@ class LayoutSpec(Spec):
     """``counts`` or ``size`` where the windows are given so; read by shifts. A property in `windows`."""
 
     ragged: ClassVar[Ragged] = "exact"
+    fixed: ClassVar[str] = ""
+    """Why sizes cannot be symbolic: a layout that says so has no `rules` and is not exported."""
 
     def cuts(self, grid: Grid, layer: int, shift: ShiftSpec) -> Cuts:
         """The windows of each axis at `grid` in `layer`."""
