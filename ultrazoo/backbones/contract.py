@@ -17,6 +17,7 @@ from ..attention.scheduled import Scheduled
 from ..errors import Problem, SiteError, UsageError
 from ..grid import Grid
 from ..spec import AttentionSpec, BackboneSpec
+from .ffn import GluMbConv
 from .layers import traced
 
 Steps = Sequence[tuple[int, int, Mapping[int, AttentionSpec]]]
@@ -138,9 +139,14 @@ class Backbone(nn.Module):
         self.gradient_checkpointing = False
 
     def chunk_ffn(self, tokens: int | None) -> None:
-        """Send `tokens` tokens at a time through every feed-forward; None means all at once."""
+        """Send `tokens` tokens at a time through every feed-forward; None means all at once.
+
+        Raises UsageError for a feed-forward that mixes tokens, which cannot be cut.
+        """
         if tokens is not None and tokens < 1:
             raise UsageError(f"a chunk has at least one token, got {tokens}")
+        if tokens is not None and any(isinstance(getattr(block, "ffn", None), GluMbConv) for block in self.blocks):
+            raise UsageError("ffn glumbconv mixes a token with its neighbours on the grid: it takes no chunks")
         for block in self.blocks:
             block.ffn_chunk = tokens  # type: ignore[assignment]
 

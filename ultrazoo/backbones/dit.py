@@ -23,9 +23,10 @@ from ..ops.embed import sinusoid
 from ..ops.init import Constant, Normal, Xavier, marked
 from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Companion, Options, Site, Video, option
 from .contract import Backbone, Steps
+from .ffn import FFN, FfnSpec, MlpSpec, feed_forward
 from .geometry import Geometry
 from .host import ProjectedHost
-from .layers import gated, in_chunks, modulate, start_linears, timestep_groups, tokens_of, traced, unpatchify, wide
+from .layers import gated, modulate, start_linears, timestep_groups, tokens_of, traced, unpatchify, wide
 
 TIME_CHANNELS = 256
 """Channels of the sinusoidal time embedding."""
@@ -63,7 +64,8 @@ class DitSpec(BackboneSpec):
     dim: int = option(1152, "channels of the stream; a multiple of 4", ge=4)
     layers: int = option(28, "transformer layers", ge=1)
     heads: int = option(16, "attention heads; they divide dim", ge=1)
-    ffn_ratio: int = option(4, "hidden channels of the feed-forward over dim", ge=1)
+    ffn_ratio: int = option(4, "hidden channels of the feed-forward mlp over dim", ge=1)
+    ffn: FfnSpec = option(MlpSpec(), "the feed-forward of every layer", choices=FFN)
     patch: int = option(2, "latents per token along H and W", ge=1)
     classes: int = option(1000, "classes; the label after the last means no class", ge=1)
     latent: Latent = option(Latent(), "strides and channels of the VAE")
@@ -86,7 +88,7 @@ class DitSpec(BackboneSpec):
             found.append(Problem("dim", rule, f"use {-(-self.dim // 4) * 4}"))
         if self.positions == "fit" and self.trained is None:
             found.append(Problem("positions", "'fit' scales positions to the trained grid", "give trained: [T, H, W]"))
-        return found
+        return found + self.ffn.problems_at(self.dim, self.ffn_chunk)
 
     def groups(self) -> dict[str, int]:
         return {"": self.layers}
@@ -108,22 +110,20 @@ class DitSpec(BackboneSpec):
         C, N, hidden = self.dim, grid.tokens, self.dim * self.ffn_ratio
         patch = self.patch**2 * self.latent.channels
         linear = C * C + C
-        layer = 4 * linear + 2 * C * hidden + hidden + C + 6 * linear
+        layer = 4 * linear + self.ffn.parameters(C, hidden) + 6 * linear
         outside = patch * C + C + TIME_CHANNELS * C + C + linear + (self.classes + 1) * C
         outside += 2 * linear + (C + 1) * patch * self.outputs
-        chunk = N if self.ffn_chunk is None else min(N, self.ffn_chunk)
-        # all at once: pre-activation and activation. In chunks: the output, and the same for one chunk
-        ffn = 2 * N * hidden if chunk == N else N * C + chunk * (2 * hidden + C)
+        ffn = self.ffn.peak_elements(C, hidden, N, self.ffn_chunk)
         return BackboneCost(
             parameters=self.layers * layer + outside,
-            layer_flops=(4 * N * C * hidden + 12 * C * C,) * self.layers,
+            layer_flops=(self.ffn.flops(C, hidden, N) + 12 * C * C,) * self.layers,
             outside_flops=2 * N * C * patch * (1 + self.outputs) + 2 * (TIME_CHANNELS * C + C * C) + 4 * C * C,
             # the residual stream and the input of the running sub-layer, the condition
             stream_elements=2 * N * C + C,
             # the caller still holds the layer's input; then the feed-forward, or the gated sum in fp32
             layer_peak_elements=(N * C + max(ffn, 3 * N * C),) * self.layers,
             # inputs and results of two norms (4), what attention and feed-forward return (2) and the latter's input
-            layer_saved_elements=(7 * N * C + 2 * N * hidden,) * self.layers,
+            layer_saved_elements=(7 * N * C + self.ffn.saved_elements(C, hidden, N),) * self.layers,
         )
 
     def companions(self, grid: Grid, prompts: int = 1) -> tuple[Companion, ...]:
@@ -140,17 +140,17 @@ class DitBlock(nn.Module):
         super().__init__()
         self.eps = spec.eps
         self.ffn_chunk = spec.ffn_chunk
-        hidden = spec.dim * spec.ffn_ratio
         self.self_attn = ProjectedHost(site, spec.eps)
         self.attention = attention
-        self.ffn = nn.Sequential(nn.Linear(spec.dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, spec.dim))
+        self.ffn = spec.ffn.build(spec.dim, spec.dim * spec.ffn_ratio)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(spec.dim, 6 * spec.dim))
 
     def forward(self, x: Tensor, condition: Tensor, call: Call) -> Tensor:
         # six times (B, G, C)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(condition).to(wide(x.dtype)).chunk(6, -1)
         x = gated(x, gate, self.attention(modulate(x, shift, scale, self.eps), self.self_attn, call))
-        return gated(x, ffn_gate, in_chunks(self.ffn, modulate(x, ffn_shift, ffn_scale, self.eps), self.ffn_chunk))
+        y = feed_forward(self.ffn, modulate(x, ffn_shift, ffn_scale, self.eps), call.grid, self.ffn_chunk)
+        return gated(x, ffn_gate, y)
 
 
 class DitHead(nn.Module):

@@ -25,12 +25,12 @@ from ..ops.init import Constant, Normal, Value, Xavier
 from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Companion, Rope, Site, Video, option
 from .contract import Steps
 from .facade import Config, PipelineBackbone, Sample, refuse_attention_kwargs
+from .ffn import FFN, FfnSpec, MlpSpec, feed_forward
 from .geometry import Geometry
 from .host import ProjectedHost
 from .layers import (
     RMSNorm,
     gated,
-    in_chunks,
     modulate,
     start_linears,
     timestep_groups,
@@ -64,7 +64,8 @@ class WanSpec(BackboneSpec):
     dim: int = option(1536, "channels of the stream", ge=1)
     layers: int = option(30, "transformer layers", ge=1)
     heads: int = option(12, "attention heads; they divide dim", ge=1)
-    ffn_dim: int = option(8960, "hidden channels of the feed-forward", ge=1)
+    ffn_dim: int = option(8960, "hidden channels of the feed-forward mlp", ge=1)
+    ffn: FfnSpec = option(MlpSpec(), "the feed-forward of every layer", choices=FFN)
     channels: int = option(16, "latent channels", ge=1)
     text_dim: int = option(4096, "channels of the text embedding", ge=1)
     text_tokens: int = option(512, "text tokens that the cost counts", ge=1)
@@ -96,7 +97,7 @@ class WanSpec(BackboneSpec):
             found.append(Problem("patch", rule, f"use [1, {self.patch[1]}, {self.patch[2]}]"))
         if self.time_dim % 2:
             found.append(Problem("time_dim", f"{self.time_dim} is odd", f"use {self.time_dim + 1}"))
-        return found
+        return found + self.ffn.problems_at(self.dim, self.ffn_chunk)
 
     def groups(self) -> dict[str, int]:
         return {"": self.layers}
@@ -131,22 +132,20 @@ class WanSpec(BackboneSpec):
         patch = self.patch[0] * self.patch[1] * self.patch[2] * self.channels
         linear = C * C + C
         attention = 4 * linear + 2 * C
-        layer = 2 * attention + 2 * C + 6 * C + 2 * C * hidden + hidden + C
+        layer = 2 * attention + 2 * C + 6 * C + self.ffn.parameters(C, hidden)
         outside = (patch * C + C) + (self.text_dim * C + C + linear) + (self.time_dim * C + C + linear)
         outside += 6 * linear + (C * patch + patch) + 2 * C
         cross = 4 * N * C * C + 4 * L * C * C + 4 * N * L * C
         time = 2 * (self.time_dim * C + C * C + 6 * C * C)
-        chunk = N if self.ffn_chunk is None else min(N, self.ffn_chunk)
-        # all at once: pre-activation and activation. In chunks: the output, and the same for one chunk
-        ffn = 2 * N * hidden if chunk == N else N * C + chunk * (2 * hidden + C)
+        ffn = self.ffn.peak_elements(C, hidden, N, self.ffn_chunk)
         # q, its fp32 copy and fp32 norm, the norm; the caller still holds the layer's input
         peak = N * C + max(ffn, 6 * N * C)
         # inputs and results of three norms (6), q before and after its norm with an fp32 copy (5), what attention and
-        # feed-forward return (3); the feed-forward's two; text keys and values as the queries, and the text
-        saved = 14 * N * C + 2 * N * hidden + 8 * L * C
+        # feed-forward return (3); the feed-forward's own; text keys and values as the queries, and the text
+        saved = 14 * N * C + self.ffn.saved_elements(C, hidden, N) + 8 * L * C
         return BackboneCost(
             parameters=self.layers * layer + outside,
-            layer_flops=(cross + 4 * N * C * hidden,) * self.layers,
+            layer_flops=(cross + self.ffn.flops(C, hidden, N),) * self.layers,
             outside_flops=4 * N * C * patch + 2 * L * (self.text_dim * C + C * C) + time,
             # the residual stream and the input of the running sub-layer, the text, the modulation
             stream_elements=2 * N * C + L * C + 7 * C,
@@ -196,9 +195,7 @@ class WanBlock(nn.Module):
         self.attention = attention
         self.norm3 = nn.LayerNorm(spec.dim, eps=spec.eps)
         self.cross_attn = WanCrossAttention(spec.dim, spec.heads, spec.eps)
-        self.ffn = nn.Sequential(
-            nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(spec.ffn_dim, spec.dim)
-        )
+        self.ffn = spec.ffn.build(spec.dim, spec.ffn_dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim).normal_(0, spec.dim**-0.5))
 
     def initial_values(self) -> dict[str, Value]:
@@ -213,7 +210,7 @@ class WanBlock(nn.Module):
         x = gated(x, gate, self.attention(modulate(x, shift, scale, self.eps), self.self_attn, call))
         x = x + self.cross_attn(self.norm3(x), text)
         shift, scale, gate = row(3), row(4), row(5)
-        return gated(x, gate, in_chunks(self.ffn, modulate(x, shift, scale, self.eps), self.ffn_chunk))
+        return gated(x, gate, feed_forward(self.ffn, modulate(x, shift, scale, self.eps), call.grid, self.ffn_chunk))
 
 
 class WanHead(nn.Module):
@@ -323,7 +320,7 @@ def _config(spec: WanSpec) -> Config:
         out_channels=spec.channels,
         text_dim=spec.text_dim,
         freq_dim=spec.time_dim,
-        ffn_dim=spec.ffn_dim,
+        ffn_dim=spec.ffn_dim if isinstance(spec.ffn, MlpSpec) else None,
         num_layers=spec.layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
