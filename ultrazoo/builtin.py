@@ -37,6 +37,13 @@ TABLE: tuple[Row, ...] = (
     _attention("swin", "swin:SwinSpec", "windows that move by half on odd layers", "needs tuning", "video_swin"),
     _attention("axes", "axes:AxesSpec", "along one axis or some (axial, Latte)", "needs tuning", "axial"),
     _attention("t3", "t3:T3Spec", "close and remote windows, averaged (T3-Video)", "needs tuning", "T3"),
+    _attention(
+        "cross_shaped",
+        "cross_shaped:CrossShapedSpec",
+        "stripes of rows and of columns (CSWin)",
+        "needs tuning",
+        "cswin",
+    ),
     _attention("linear", "linear:LinearSpec", "one D x D state per head (SANA, SANA-Video)", "needs tuning"),
     _attention(
         "kv_compress", "kv_compress:KvCompressSpec", "keys compressed after projection (PixArt)", "needs tuning"
@@ -50,6 +57,11 @@ TABLE: tuple[Row, ...] = (
     _attention("delta", "delta:DeltaSpec", "window softmax, delta-rule state beyond it (VDN)", "needs tuning", "vdn"),
     _attention("radial", "radial:RadialSpec", "bands between frames that thin with distance", "training-free"),
     _attention("divided", "divided:DividedSpec", "over time, then inside each frame (TimeSformer)", "needs tuning"),
+    _attention("video_sparse", "video_sparse:VideoSparseSpec", "top-k tiles, gated coarse", "needs tuning", "VSA"),
+    _attention("nabla", "nabla:NablaSpec", "top-p of blocks and a window of tiles", "training-free"),
+    _attention(
+        "sparge2", "sparge2:Sparge2Spec", "top-k united with top-p of blocks", "needs tuning", "SpargeAttention2"
+    ),
     _part("layout", "whole", "layouts:WholeSpec", "one group: the whole grid"),
     _part("layout", "windows", "layouts:WindowsSpec", "contiguous windows by count or size"),
     _part("layout", "about", "about:AboutSpec", "windows of about so many tokens, by divisors"),
@@ -68,6 +80,7 @@ TABLE: tuple[Row, ...] = (
     _part("selector", "band", "selectors:BandSpec", "key blocks near the query block in the order"),
     _part("selector", "sink", "selectors:SinkSpec", "key blocks of the first frames"),
     _part("selector", "radial", "radial:RadialMapSpec", "bands between frames, thinner with distance"),
+    _part("selector", "sliding", "sliding:SlidingSpec", "a window of tiles (STA)"),
     _part("selector", "pooled", "selectors:PooledSpec", "the best scores of block means"),
     _part("selector", "union", "selectors:UnionSpec", "what any of several selectors chooses"),
     _part("selector", "budget", "budgets:BudgetSpec", "another share per head or denoising step"),

@@ -222,6 +222,7 @@ class BlockSparseAttention(Attention):
         """Everything in block order, extra tokens behind the grid's."""
         q, k, v = (ordered(z, place) for z in (q, k, v))
         valid = None if call.key_valid is None else _ordered_tokens(call.key_valid, place)
+        query_valid = valid
         extra = call.extra
         if extra is not None:
             keys = torch.tensor(place.key_rows, device=x.device, dtype=torch.long)
@@ -235,8 +236,11 @@ class BlockSparseAttention(Attention):
                     torch.ones_like(extra.k[..., 0, 0], dtype=torch.bool) if extra.key_mask is None else extra.key_mask
                 )
                 valid = torch.cat([grid, more.index_select(1, keys)], dim=1)
+                query_valid = torch.cat([grid, more.index_select(1, rows)], dim=1)
         site = self.site
-        return Scene(place, q, k, v, x, valid, site.layer, site.layers, call.step, call.branch, call.state)
+        found = Scene(place, q, k, v, x, valid, site.layer, site.layers, call.step, call.branch, call.state)
+        found.query_valid = query_valid
+        return found
 
     def _map(self, scene: Scene) -> BlockMap:
         place = scene.place

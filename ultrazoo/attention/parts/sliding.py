@@ -1,0 +1,52 @@
+"""The sliding window of tiles (STA, arXiv 2502.04507) as a static selector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ...errors import Problem
+from ...spec import Site, option
+from .orders import Place
+from .selectors import SelectorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingSpec(SelectorSpec):
+    """Tiles within half a window of the query's tile on every axis; at a border the window moves inwards."""
+
+    name: ClassVar[str] = "sliding"
+    source: ClassVar[str] = "STA, arXiv 2502.04507"
+    static: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
+
+    window: tuple[int, ...] = option((3, 3, 3), "tiles (T, H, W); odd, or at least as many as the axis has", ge=1)
+
+    def problems(self, site: Site) -> list[Problem]:
+        if len(self.window) != 3:
+            return [Problem("window", f"got {len(self.window)} numbers", "give three: tiles along (T, H, W)")]
+        return []
+
+    def place_problems(self, place: Place, site: Site) -> list[Problem]:
+        if place.tiles is None:
+            return [Problem("", "a window of tiles needs tiles", "use order: {name: tiles, tile: …}")]
+        found = []
+        for axis, size, count in zip("thw", self.window, place.tiles, strict=True):
+            if size % 2 == 0 and size < count:
+                rule = f"a window of {size} tiles along {axis} has no middle"
+                found.append(Problem("window", rule, f"use {size - 1}, {size + 1}, or {count} for the whole axis"))
+        return found
+
+    def map(self, place: Place, site: Site, lo: int, hi: int) -> np.ndarray:
+        assert place.tiles is not None
+        rows = np.unravel_index(np.arange(lo, hi), place.tiles)
+        columns = np.unravel_index(np.arange(place.grid_keys), place.tiles)
+        out = np.ones((hi - lo, place.grid_keys), dtype=bool)
+        for row, column, size, count in zip(rows, columns, self.window, place.tiles, strict=True):
+            if size >= count:
+                continue
+            centre = np.clip(row, size // 2, count - 1 - size // 2)
+            out &= np.abs(column[None, :] - centre[:, None]) <= size // 2
+        return out[None]
