@@ -16,6 +16,7 @@ from tests.oracles.by_head import by_head
 from tests.oracles.divided import divided
 from tests.oracles.kv_compress import kv_compress
 from tests.oracles.spatial_reduction import spatial_reduction
+from ultrazoo.attention import grouped
 from ultrazoo.attention.by_head import ByHeadSpec
 from ultrazoo.attention.divided import DividedSpec
 from ultrazoo.attention.full import FullSpec
@@ -60,6 +61,19 @@ def test_as_a_head_group_s_attention(spec: AttentionSpec) -> None:
         got, expected = one.run(), by_head(one.case())
     for ours, theirs in zip(got, expected, strict=True):
         assert error_ratio(ours, theirs) < EXACT
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
+def test_slabs_change_nothing(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Scenario(Example(spec, SITE, "slabs"), torch.float64, extra=True, key_valid=True)
+    with torch.no_grad():
+        whole = one.run()
+        monkeypatch.setitem(grouped.SLAB_BYTES, "cpu", 1)
+        pieces = one.run()
+    learning = one.run()
+    for first, second, third in zip(whole, pieces, learning, strict=True):
+        assert error_ratio(second, first) < EXACT
+        assert error_ratio(third, first) < EXACT
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from tests.attention.calls import same_weights
 from tests.oracles.kv_compress import kv_compress
+from tests.recipe.samples import resolved
+from ultrazoo import recipe
 from ultrazoo.attention.branched import BranchedSpec, BranchSpec
 from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.kv_compress import KvCompressSpec
@@ -48,6 +50,14 @@ def test_counts_at_1024_pixels() -> None:
     assert FullSpec().cost(SIGMA).pairs == 4 * cost.pairs
     assert cost.parameters == 1152 * (4 + 1) + 2 * 1152
     assert KvCompressSpec(factor=4).cost(SIGMA).pairs == 4096 * 256
+
+
+def test_the_published_recipe_compresses_the_second_half() -> None:
+    plan = recipe.make_plan(resolved("kv_compress_1024"))
+    assert plan.grid == SIGMA.grid
+    assert [spec.name for spec in plan.resolved.attention] == ["full"] * 14 + ["kv_compress"] * 14
+    # 14 whole layers and 14 quarters
+    assert plan.totals.attention_speedup == pytest.approx(28 / (14 + 14 / 4))
 
 
 def test_border_cells_are_kept() -> None:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from tests.attention.calls import same_weights
 from tests.oracles.spatial_reduction import spatial_reduction
+from tests.recipe.samples import resolved
+from ultrazoo import recipe
 from ultrazoo.attention.branched import BranchedSpec, BranchSpec
 from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.parts.compressors import AvgPoolSpec
@@ -46,6 +48,14 @@ def test_every_stage_has_49_keys(dim: int, heads: int, side: int, factor: int) -
         assert cost.pairs == side**2 * 49
     parameters = SpatialReductionSpec(factor=factor).cost(site).parameters
     assert parameters == (0 if factor == 1 else dim * dim * factor**2 + dim + 2 * dim)
+
+
+def test_twins_alternates_windows_and_a_reduced_map() -> None:
+    plan = recipe.make_plan(resolved("twins_224"))
+    assert [spec.name for spec in plan.resolved.attention] == ["branched", "spatial_reduction"] * 9
+    # 4 windows of 49 tokens, then 196 queries on 49 keys: the same count
+    local, wide = (layer.attention_flops for layer in plan.layers[:2])
+    assert local == wide == 4 * 196 * 49 * 384
 
 
 def test_pooling_is_linear_in_the_tokens_of_a_frame() -> None:

@@ -90,6 +90,9 @@ LONGER = {"delta_tiny": ["video.grid=[7, 4, 5]"], "delta_wan_480p": ["video.grid
 # a published table of windows belongs to one grid: the small build takes the rule for other sizes
 FITTING = {name: ["attention.*.table=auto"] for name in ("t3_4k_wan_1_3b", "t3_4k_wan_5b")}
 
+# where a recipe names layers by number, they stay
+DEEPER = {"kv_compress_1024": ["backbone.layers=28"]}
+
 
 def forward_and_backward(model: torch.nn.Module) -> None:
     """Run a batch of two; every parameter takes part once what starts at zero does not."""
@@ -110,7 +113,8 @@ def forward_and_backward(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_built_smaller(name: str) -> None:
     smaller = SMALLER[resolved(name).backbone.name]
-    model = assemble.build(name, *smaller, *LONGER.get(name, []), *FITTING.get(name, []))
+    more = [*LONGER.get(name, []), *FITTING.get(name, []), *DEEPER.get(name, [])]
+    model = assemble.build(name, *smaller, *more)
     assert sum(p.numel() for p in model.parameters()) == model.plan.totals.parameters
     forward_and_backward(model)
 
