@@ -54,6 +54,7 @@ TABLE: tuple[Row, ...] = (
         "keys of a reduced map (PVT, Twins)",
         "needs tuning",
     ),
+    _attention("monarch", "monarch:MonarchSpec", "a factor along rows, one across them (MonarchRT)", "needs tuning"),
     _attention("delta", "delta:DeltaSpec", "window softmax, delta-rule state beyond it (VDN)", "needs tuning", "vdn"),
     _attention("radial", "radial:RadialSpec", "bands between frames that thin with distance", "training-free"),
     _attention("divided", "divided:DividedSpec", "over time, then inside each frame (TimeSformer)", "needs tuning"),
@@ -61,6 +62,13 @@ TABLE: tuple[Row, ...] = (
     _attention("nabla", "nabla:NablaSpec", "top-p of blocks and a window of tiles", "training-free"),
     _attention(
         "sparge2", "sparge2:Sparge2Spec", "top-k united with top-p of blocks", "needs tuning", "SpargeAttention2"
+    ),
+    _attention(
+        "sparse_videogen",
+        "sparse_videogen:SparseVideoGenSpec",
+        "a band per head, in frames or in places",
+        "training-free",
+        "SVG",
     ),
     _part("layout", "whole", "layouts:WholeSpec", "one group: the whole grid"),
     _part("layout", "windows", "layouts:WindowsSpec", "contiguous windows by count or size"),

@@ -1,0 +1,55 @@
+"""Sparse VideoGen: the band's width, the head types that it tells apart, and images."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import ultrazoo
+from ultrazoo.attention.sparse_videogen import SparseVideoGenSpec
+from ultrazoo.grid import Grid
+from ultrazoo.ops.blocks import even_blocks
+from ultrazoo.spec import Site
+from ultrazoo.testing import error_ratio
+
+
+def test_the_band_holds_the_density_asked_for() -> None:
+    """Without the sink, and up to the blocks that the band's edge cuts: 1 - (1 - w/N)^2."""
+    grid = Grid(21, 45, 80)
+    spec = SparseVideoGenSpec(density=0.3, sink=0)
+    share = spec.pairs(grid) / grid.tokens**2
+    assert 0.3 <= share < 0.31
+    width = grid.tokens * (1 - math.sqrt(0.7))
+    assert spec.band(grid) == math.ceil(width / 128)
+
+
+def test_heads_of_frames_and_of_places_are_told_apart() -> None:
+    """Keys that mark the frame make a head spatial, keys that mark the place make it temporal."""
+    grid = Grid(8, 6, 6)
+    spec = SparseVideoGenSpec(density=0.2, block=4, sink=0, rows=64)
+    module = spec.build(Site(dim=16, heads=2, head_dim=64, grid=grid))
+    frame = torch.arange(grid.tokens) // 36
+    place = torch.arange(grid.tokens) % 36
+    marks = torch.stack([torch.nn.functional.one_hot(one, 64).float() for one in (frame, place)])[None] * 12
+    values = torch.randn(1, 2, grid.tokens, 64)
+    order = torch.arange(grid.tokens).view(8, 36).T.reshape(-1)
+    chosen = module._choose(marks, marks, values, None, grid, even_blocks(grid.tokens, 4), order)
+    assert chosen.tolist() == [[False, True]]
+
+
+def test_an_image_and_a_density_of_one_are_full_attention() -> None:
+    full = ultrazoo.create_attention("full", dim=16, heads=2)
+    for grid, options in (((1, 5, 7), {"density": 1.0}), ((3, 5, 7), {"density": 1.0, "block": 8})):
+        block = ultrazoo.create_attention("sparse_videogen", dim=16, heads=2, **options)
+        full.load_state_dict(block.state_dict())
+        x = torch.randn(2, math.prod(grid), 16)
+        with torch.no_grad():
+            assert error_ratio(block(x, grid), full(x, grid)) < 1e-5
+
+
+def test_a_call_repeats() -> None:
+    block = ultrazoo.create_attention("sparse_videogen", dim=16, heads=2, block=8, rows=5)
+    x = torch.randn(1, 105, 16)
+    with torch.no_grad():
+        assert torch.equal(block(x, (3, 5, 7)), block(x, (3, 5, 7)))
