@@ -65,6 +65,7 @@ class Inputs:
     block_map: Any = None
     scale: float | None = None
     return_lse: bool = False
+    threshold: float | None = None
 
     @property
     def needs_grad(self) -> bool:
@@ -121,7 +122,7 @@ class KernelSpec(Spec):
         low, high = cls.head_dims
         if not low <= inputs.q.shape[-1] <= high:
             found.append(f"head size {inputs.q.shape[-1]} is outside {low}-{high}")
-        for name in ("key_mask", "bias", "log_weight", "block_map"):
+        for name in ("key_mask", "bias", "log_weight", "block_map", "threshold"):
             if getattr(inputs, name) is not None and name not in cls.takes:
                 found.append(f"takes no {name}")
         if inputs.return_lse and "lse" not in cls.takes:
@@ -177,6 +178,7 @@ def attend(
     block_map: Any = None,
     scale: float | None = None,
     return_lse: bool = False,
+    threshold: float | None = None,
     kernel: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(QKᵀ·scale)V on q (B, heads, Lq, D), k (B, heads, Lk, D), v (B, heads, Lk, Dv) → (B, heads, Lq, Dv).
@@ -184,11 +186,12 @@ def attend(
     key_mask (B, 1, 1, Lk) bool: True where a key takes part (nearly free). bias broadcastable to (B, heads, Lq, Lk),
     added to the scores (costs the fused path). log_weight (B, 1 | heads, 1, Lk): added to every score of a key.
     block_map: key blocks that each query block visits. scale: None means D**-0.5. return_lse: also the log-sum-exp of
-    the scores (B, heads, Lq), differentiable. kernel: a registered name, or ``auto``.
+    the scores (B, heads, Lq), differentiable. threshold: for lossy kernels that skip by it. kernel: a registered name, or
+    ``auto``.
 
     Raises KernelError with every candidate's reasons when nothing can run, or when a forced kernel cannot.
     """
-    inputs = Inputs(q, k, v, key_mask, bias, log_weight, block_map, scale, return_lse)
+    inputs = Inputs(q, k, v, key_mask, bias, log_weight, block_map, scale, return_lse, threshold)
     name, spec = _choose(inputs, kernel)
     if not _tracing():
         for runs in _RECORDS.get():
