@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from tests.cost.fakes import Rows, Share, Toy
 from ultrazoo.analysis import influence, text
-from ultrazoo.errors import UsageError
+from ultrazoo.errors import UltrazooError, UsageError
 from ultrazoo.grid import Grid
 
 GRID = Grid(3, 10, 14)
@@ -41,16 +42,42 @@ def test_a_composition_is_shown_beside_what_it_stands_for():
     assert [group.attention for group in groups] == ["test/share = test/rows", "test/rows"]
 
 
-def test_heads_are_joined():
+def test_heads_that_see_differently_come_apart_and_are_joined():
     class ByHead(Share):
+        groups: ClassVar[int] = 2
+
         def visible(self, site, queries=None):
-            seen = np.zeros((2, 1, site.tokens), dtype=bool)
-            seen[0, 0, :3] = True
-            seen[1, 0, 3:5] = True
+            seen = np.zeros((8, 1, site.tokens), dtype=bool)
+            for head in range(8):
+                # heads 0, 2, … and 1, 3, … of two groups
+                seen[head, 0, 3 * (head % self.groups) : 3 * (head % self.groups) + 2 + head % self.groups] = True
             return seen
 
-    (whole,) = influence.views(ByHead(), Toy().sites(GRID)[0], (0, 0, 0))
+    even, odd, whole = influence.views(ByHead(), Toy().sites(GRID)[0], (0, 0, 0))
+    assert (even.name, even.tokens) == ("heads 0-6/2", 2)
+    assert (odd.name, odd.tokens) == ("heads 1-7/2", 3)
     assert whole.tokens == 5
+
+    class Alike(ByHead):
+        groups: ClassVar[int] = 1
+
+    class Many(ByHead):
+        groups: ClassVar[int] = influence.MOST_HEADS + 1
+
+    for joined, tokens in ((Alike(), 2), (Many(), 26 - 1)):
+        (whole,) = influence.views(joined, Toy().sites(GRID)[0], (0, 0, 0))
+        assert whole.tokens == tokens
+
+
+def test_a_design_that_fails_is_named():
+    class Broken(Share):
+        def visible(self, site, queries=None):
+            raise IndexError("off by one")
+
+    with pytest.raises(
+        UltrazooError, match=r"attention 'test/share' fails to answer visible\(\): IndexError: off by one"
+    ):
+        influence.views(Broken(), Toy().sites(GRID)[0], (0, 0, 0))
 
 
 @pytest.mark.parametrize(

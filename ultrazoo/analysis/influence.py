@@ -7,18 +7,36 @@ query at a time is asked for, so that a 4K grid costs one boolean per token and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..cost.units import layer_list
-from ..errors import UsageError
+from ..errors import UltrazooError, UsageError
 from ..grid import Grid
+from ..registry import cause
 from ..spec import AttentionSpec, Site
 
 ALL = "all"
 """Name of the view of a whole attention, all branches and heads together."""
+
+
+MOST_HEADS = 6
+"""Head groups that see differently and are shown one by one; more are shown together only."""
+
+
+class Silent(UltrazooError):
+    """A design that fails to answer; the message names it."""
+
+
+def asking(spec: AttentionSpec, what: str, question: Callable[[], Any]) -> Any:
+    """The answer of a spec's own code; raises Silent, which names the design, where that code fails."""
+    try:
+        return question()
+    except Exception as error:  # a plugin may raise anything
+        raise Silent(f"attention {spec.name!r} fails to answer {what}(): {cause(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -88,15 +106,31 @@ def parse_query(text: str, grid: Grid) -> tuple[int, int, int]:
 
 
 def views(spec: AttentionSpec, site: Site, query: tuple[int, int, int]) -> tuple[View, ...]:
-    """The query's view through each branch of `spec`, and last through all of it."""
+    """The query's view through each branch of `spec`, or each group of heads where heads differ; last through all of it.
+
+    Raises Silent, with the name of the attention, where `spec` fails to answer.
+    """
     grid = site.grid
     token = (query[0] * grid.h + query[1]) * grid.w + query[2]
-    branches: Mapping[str, np.ndarray] = {}
+    whole = asking(spec, "visible", lambda: np.asarray(spec.visible(site, [token]), dtype=bool))
+    parts: Mapping[str, np.ndarray] = {}
     by_branch = getattr(spec, "visible_by_branch", None)
     if by_branch is not None:
-        branches = by_branch(site, [token])
-    rows = [View(name, _on_grid(seen, grid)) for name, seen in branches.items()]
-    return (*rows, View(ALL, _on_grid(spec.visible(site, [token]), grid)))
+        parts = asking(spec, "visible_by_branch", lambda: by_branch(site, [token]))
+    elif len(whole) > 1:
+        parts = _by_heads(whole)
+    rows = [View(name, _on_grid(seen, grid)) for name, seen in parts.items()]
+    return (*rows, View(ALL, _on_grid(whole, grid)))
+
+
+def _by_heads(seen: np.ndarray) -> dict[str, np.ndarray]:
+    """(heads, 1, N) → the views of heads that see alike, by name; nothing where all do, or where there are too many."""
+    groups: dict[bytes, list[int]] = {}
+    for head, one in enumerate(seen):
+        groups.setdefault(np.packbits(one).tobytes(), []).append(head)
+    if not 1 < len(groups) <= MOST_HEADS:
+        return {}
+    return {f"head{'s' * (len(heads) > 1)} {layer_list(heads)}": seen[heads[0]] for heads in groups.values()}
 
 
 def _on_grid(seen: np.ndarray, grid: Grid) -> np.ndarray:

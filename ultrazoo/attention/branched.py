@@ -21,7 +21,7 @@ from ..spec import AttentionSpec, BranchCost, Cost, Options, Rope, Site, Start, 
 from .branch import Branch, Shared
 from .contract import Attention, Call, Host, refuse_segments
 from .full import kernel_problems
-from .geometry import Geometry, geometry, influence
+from .geometry import Geometry, geometry, influence, spread
 from .grouped import attend_extra
 from .parts.adapt import ADAPT, AdaptSpec, LoraSpec, SharedSpec
 from .parts.base import CompressSpec, FuseSpec, LayoutSpec, ShiftSpec
@@ -96,6 +96,7 @@ class BranchedSpec(AttentionSpec):
 
     name: ClassVar[str] = "branched"
     source: ClassVar[str] = "UltraGen, arXiv 2510.18775; T3-Video, arXiv 2512.13492"
+    formula: ClassVar[str] = "y = W_o fuse over branches b of lift_b(softmax(Q_b K_b^T / sqrt(D)) V_b in b's groups)"
     minimal: ClassVar[Mapping[str, Any]] = {
         "branches": {
             "local": {"layout": {"name": "windows", "counts": [4, 4]}},
@@ -204,13 +205,16 @@ class BranchedSpec(AttentionSpec):
         return {name: influence(branch.place(site), branch.compress, queries) for name, branch in self.branches.items()}
 
     def visible(self, site: Site, queries: Sequence[int] | None = None) -> np.ndarray:
-        weights = self.fuse.weights if isinstance(self.fuse, WeightsSpec) and not self.fuse.learned else None
-        seen = [
-            found
-            for name, found in self.visible_by_branch(site, queries).items()
-            if weights is None or weights[name] != 0
-        ]
+        seen = [influence(branch.place(site), branch.compress, queries) for branch in self._counted()]
         return np.logical_or.reduce(seen)[None]
+
+    def reach(self, site: Site, tokens: np.ndarray) -> np.ndarray:
+        return np.logical_or.reduce([spread(b.place(site), b.compress, tokens) for b in self._counted()])
+
+    def _counted(self) -> list[BranchSpec]:
+        """Branches whose weight is not fixed at zero."""
+        weights = self.fuse.weights if isinstance(self.fuse, WeightsSpec) and not self.fuse.learned else None
+        return [branch for name, branch in self.branches.items() if weights is None or weights[name] != 0]
 
     def traits(self) -> Traits:
         exact = self._exact()

@@ -44,7 +44,7 @@ class ByHeadSpec(AttentionSpec):
 
     name: ClassVar[str] = "by_head"
     source: ClassVar[str] = "STA, arXiv 2502.04507 (windows per head); CSWin, arXiv 2107.00652"
-
+    formula: ClassVar[str] = "y = W_o concat over groups g of attention_g(Q_g, K_g, V_g), g a range of heads"
     minimal: ClassVar[Mapping[str, Any]] = {
         "groups": {
             "0-5": {"name": "full"},
@@ -135,6 +135,11 @@ class ByHeadSpec(AttentionSpec):
         for _, heads, spec in self._heads():
             seen[list(heads)] = spec.visible(_site_of(site, heads), queries)
         return seen
+
+    def reach(self, site: Site, tokens: np.ndarray) -> np.ndarray | None:
+        parts = [spec.reach(_site_of(site, heads), tokens) for _, heads, spec in self._heads()]
+        known = [part for part in parts if part is not None]
+        return np.logical_or.reduce(known) if len(known) == len(parts) else None
 
     def traits(self) -> Traits:
         traits = [spec.traits() for spec in self.groups.values()]

@@ -40,6 +40,9 @@ class FullSpec(AttentionSpec):
         count = site.tokens if queries is None else len(queries)
         return np.ones((1, count, site.tokens), dtype=bool)
 
+    def reach(self, site: Site, tokens: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(tokens.any(axis=1, keepdims=True), tokens.shape)
+
     def traits(self) -> Traits:
         return Traits(
             start=Start("exact", "the host's own attention"), exact_at_init=True, export=("pt2",), min_grid=(1, 1, 1)

@@ -147,3 +147,17 @@ def influence(place: Geometry, compress: CompressSpec | None, queries: Sequence[
     seen = box.reshape(len(wanted), grid.tokens)
     seen[np.arange(len(wanted)), wanted] = True
     return seen
+
+
+def spread(place: Geometry, compress: CompressSpec | None, tokens: np.ndarray) -> np.ndarray:
+    """Sets of tokens (sets, N) → what any token of a set may depend on: the union of `influence` over it, axis by axis."""
+    axes = [axis_influence(place, axis, compress) for axis in range(3)]
+    seen = np.array(tokens, dtype=bool)
+    for row in seen.reshape(-1, *place.grid):
+        # only the rows and columns of each axis that the set and its keys have
+        used = [np.flatnonzero(row.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+        keys = [np.flatnonzero(matrix[lines].any(axis=0)) for matrix, lines in zip(axes, used, strict=True)]
+        t, h, w = (axes[i][np.ix_(used[i], keys[i])].astype(np.float32) for i in range(3))
+        ways = h.T @ (row[np.ix_(*used)].astype(np.float32) @ w)
+        row[np.ix_(*keys)] |= np.tensordot(t.T, ways, axes=1) > 0
+    return seen

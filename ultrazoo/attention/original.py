@@ -22,6 +22,7 @@ class OriginalSpec(AttentionSpec):
 
     name: ClassVar[str] = "original"
     source: ClassVar[str] = "the host"
+    formula: ClassVar[str] = "y = W_o softmax(Q K^T / sqrt(D)) V on hosts with softmax attention, else the host's own"
 
     @property
     def kernel(self) -> str:

@@ -36,6 +36,9 @@ class UltraGenSpec(AttentionSpec):
 
     name: ClassVar[str] = "ultragen"
     source: ClassVar[str] = "UltraGen, arXiv 2510.18775, sections 4.1-4.3; code sjtuplayer/UltraGen 4f9ec33"
+    formula: ClassVar[str] = (
+        "y = W_o (g1 y_global + (1 - g1) (g2 y_local + (1 - g2) y_regional)), g1, g2 gates of the time"
+    )
 
     variant: Literal["paper", "released"] = option("paper", "the paper's design, or what the released code does")
     windows: int = option(4, "K: local windows along H and W; the regional branch has half as many", ge=2)
@@ -100,6 +103,9 @@ class UltraGenSpec(AttentionSpec):
 
     def visible(self, site: Site, queries: Sequence[int] | None = None) -> np.ndarray:
         return self.expand(site).visible(site, queries)
+
+    def reach(self, site: Site, tokens: np.ndarray) -> np.ndarray | None:
+        return self.expand(site).reach(site, tokens)
 
     def visible_by_branch(self, site: Site, queries: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Influence through each branch alone; one branch named ``full`` where the layer keeps full attention."""
