@@ -142,7 +142,7 @@ class Traits:
     exact or an upper bound. `min_grid`: the smallest (T, H, W) at which an export with dynamic sizes is valid.
     `selects`: the data decides which keys a query visits, so pairs lie between `pairs_min` and `pairs_max` and kernels may
     compute padding. `softmax`: all attention goes through the kernel door as pairs; False for linear, recurrent and
-    factored designs. `fullgraph`: compiles as one graph.
+    factored designs. `fullgraph`: compiles as one graph. `frozen`: own parameters that are used and not trained, by name.
     """
 
     start: Start
@@ -156,6 +156,7 @@ class Traits:
     selects: bool = False
     softmax: bool = True
     fullgraph: bool = True
+    frozen: tuple[str, ...] = ()
     notes: str = ""
 
 

@@ -30,6 +30,7 @@ from .parts.orders import ORDERS, CurveSpec, OrderSpec, Place, RasterSpec, Tiles
 from .parts.rules import MeanStdSpec, TopKSpec, TopPSpec
 from .parts.scene import Scene
 from .parts.selectors import AllSpec, BandSpec, Bounds, PooledSpec, SelectorSpec, SinkSpec, UnionSpec
+from .parts.soft import SoftMap, soft_near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,17 @@ class BlockSparseSpec(AttentionSpec):
             if _needs_grid(self.selector) and (segment.rows == "pattern" or segment.keys == "compete"):
                 rule = f"selects by place, and segment {segment.kind!r} has none (rows {segment.rows}, keys {segment.keys})"
                 found.append(Problem("selector", rule, "use rows: dense and keys: always for it, or a pooled selector"))
+        if self.selector.softness is None and _any_soft(self.selector):
+            found.append(
+                Problem("selector", "a soft rule stands alone", "name the pooled selector itself, without others")
+            )
+        if self.selector.softness is not None and not self.far.takes_soft:
+            found.append(
+                Problem("far", f"{self.far.name!r} wants a choice, and the rule is soft", "use drop or linear")
+            )
+        if getattr(self.far, "skip", 0) and (self.selector.softness is not None or self.selector.name != "pooled"):
+            rule = "skips by the scores of a pooled selector that chooses"
+            found.append(Problem("far.skip", rule, "use 0, or selector pooled with a rule that chooses"))
         return found or [p.under("selector") for p in self.selector.place_problems(self.place(site), site)]
 
     # --- what it costs ----------------------------------------------------------------------------------------------
@@ -137,6 +149,7 @@ class BlockSparseSpec(AttentionSpec):
             min_grid=(1, 1, 1),
             selects=self.selects,
             fullgraph=False,
+            frozen=tuple(f"selector.{name}" for name in self.selector.frozen()),
             notes="lists of blocks are data: no graph with dynamic sizes holds them",
         )
 
@@ -148,6 +161,12 @@ class BlockSparseSpec(AttentionSpec):
 def _needs_grid(selector: SelectorSpec) -> bool:
     inner = getattr(selector, "of", ())
     return selector.needs_grid or any(_needs_grid(one) for one in (inner if isinstance(inner, tuple) else (inner,)))
+
+
+def _any_soft(selector: SelectorSpec) -> bool:
+    inner = getattr(selector, "of", ())
+    parts = inner if isinstance(inner, tuple) else (inner,)
+    return selector.softness is not None or any(_any_soft(one) for one in parts)
 
 
 @lru_cache(maxsize=64)
@@ -202,9 +221,14 @@ class BlockSparseAttention(Attention):
         segments = () if call.extra is None else _segments(call)
         place = _place(spec.order, Grid(*call.grid), segments)
         scene = self._scene(x, q, k, v, call, place)
-        block_map = self._map(scene)
         mask = None if scene.key_valid is None else scene.key_valid[:, None, None]
-        near, lse = self._near(scene, block_map, mask)
+        block_map: BlockMap | SoftMap
+        if spec.selector.softness is None:
+            block_map = self._map(scene)
+            near, lse = self._near(scene, block_map, mask)
+        else:
+            block_map = self.selector.soft(scene)
+            near, lse = soft_near(scene, block_map, mask), None
         y = self.far(scene, block_map, near, lse)  # (B, heads, queries, D)
         return restored(y[:, :, : x.shape[1]], place), y[:, :, x.shape[1] :]
 

@@ -54,9 +54,14 @@ class Numerics(ContractBase):
 
         assert scenario.x.grad is not None
         assert case.x.grad is not None
+        own = dict(scenario.runner.attention.named_parameters())
+        frozen = {name for name, parameter in own.items() if not parameter.requires_grad}
+        assert frozen == set(example.expanded.traits().frozen), "frozen parameters are those that the traits name"
         allowed = self.allowed(torch.float32, gradient=True)
         assert_close("gradient of x", scenario.x.grad, case.x.grad, allowed)
-        for name, parameter in scenario.runner.attention.named_parameters():
+        for name, parameter in own.items():
+            if name in frozen:
+                continue
             reference = case.weights[name].grad
             assert reference is not None, f"the oracle does not use the parameter {name}"
             assert parameter.grad is not None, f"{name} gets no gradient"

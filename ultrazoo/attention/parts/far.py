@@ -21,6 +21,7 @@ from ...ops.init import Constant, marked
 from ...spec import Site, Spec, option
 from .orders import Place
 from .scene import Scene
+from .states import first_order
 
 SCORE_BYTES = {"cpu": 1 << 23}
 """Bytes of scores against block means held at a time, per kind of device."""
@@ -35,6 +36,8 @@ class FarSpec(Spec):
     wants_lse: ClassVar[bool] = False
     reads_all: ClassVar[bool] = True
     """Does every query depend on every key?"""
+    takes_soft: ClassVar[bool] = True
+    """Does it take weights of blocks in place of a choice?"""
 
     @property
     def learned(self) -> bool:
@@ -80,18 +83,30 @@ class _Drop(nn.Module):
 class MeanSpec(FarSpec):
     """The mean key and value of each unselected block, weighted by its tokens, in the same softmax.
 
-    A pseudo-key with logit ``s q·k̄_j + log n_j`` and value v̄_j is the block with all its keys moved to their mean.
+    A pseudo-key with logit ``s q·k̄_j + log n_j`` and value v̄_j is the block with all its keys moved to their mean. Order 1
+    adds ``(s g / N) q · sum_j H_j`` to the numerator, with ``H_j = sum_{r in j} (k_r - k̄_j)^T v_r`` over every selectable
+    block, N their valid keys and g the far field's part of the denominator (whose own first-order term is zero).
     """
 
     name: ClassVar[str] = "mean"
-    source: ClassVar[str] = "Sol-Attn, arXiv 2607.24027; PISA, arXiv 2602.01077 (order 0)"
+    source: ClassVar[str] = "Sol-Attn, arXiv 2607.24027 (order 0); PISA, arXiv 2602.01077 (order 1)"
     wants_lse: ClassVar[bool] = True
+    takes_soft: ClassVar[bool] = False
+
+    order: Literal[0, 1] = option(
+        0, "0: blocks as their means; 1: and how their keys vary with their values, for all at once"
+    )
 
     def pairs(self, place: Place) -> int:
         return place.queries.tokens * place.selectable
 
+    def flops(self, place: Place, site: Site) -> int:
+        # the state of the keys, and its reading
+        tokens = place.keys.starts[place.selectable] + place.queries.tokens
+        return 2 * tokens * site.head_dim * site.inner if self.order else 0
+
     def build(self, site: Site) -> nn.Module:
-        return _Mean()
+        return _Mean(self)
 
 
 def far_steps(scene: Scene, most: int) -> Iterator[tuple[int, int]]:
@@ -113,12 +128,17 @@ def merge(near: Tensor, lse: Tensor, far: Tensor, far_lse: Tensor) -> Tensor:
 
 
 class _Mean(nn.Module):
+    def __init__(self, spec: MeanSpec):
+        super().__init__()
+        self.spec = spec
+
     def forward(self, scene: Scene, block_map: BlockMap, near: Tensor, lse: Tensor | None) -> Tensor:
         assert lse is not None
         most = scene.place.selectable
         starts = scene.place.queries.starts
         keys, counts = scene.k_means[:, :, :most], scene.counts[:, :, :most]
         values = scene.v_sums[:, :, :most] / counts.clamp(min=1)
+        state = self._state(scene, counts)
         parts = []
         for lo, hi in far_steps(scene, most):
             tokens = slice(starts[lo], starts[hi])
@@ -129,8 +149,20 @@ class _Mean(nn.Module):
             given = (scene.q[:, :, tokens], keys, values)
             learns = torch.is_grad_enabled() and any(z.requires_grad for z in given)
             found, found_lse = checkpoint(far, *given, use_reentrant=False) if learns else far(*given)
-            parts.append(merge(near[:, :, tokens], lse[:, :, tokens], found, found_lse))
+            y = merge(near[:, :, tokens], lse[:, :, tokens], found, found_lse)
+            if state is not None:
+                mass = (found_lse - torch.logaddexp(found_lse, lse[:, :, tokens])).exp()
+                mass = mass.masked_fill(found_lse == float("-inf"), 0.0).unsqueeze(-1)
+                y = y + (mass * (scene.q[:, :, tokens].to(state.dtype) @ state)).to(y.dtype)
+            parts.append(y)
         return torch.cat(parts, dim=2)
+
+    def _state(self, scene: Scene, counts: Tensor) -> Tensor | None:
+        """``(s / N) sum_j H_j``, (B, heads, D, Dv)."""
+        if not self.spec.order:
+            return None
+        valid = counts.sum(2, keepdim=True).clamp(min=1).to(scene.k_means.dtype)
+        return first_order(scene) * (scene.scale / valid)
 
 
 def _against_means(

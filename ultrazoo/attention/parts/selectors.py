@@ -20,6 +20,7 @@ from ...spec import Site, Spec, option
 from .orders import Place
 from .rules import RULES, RuleSpec, TopKSpec
 from .scene import Rows, Scene
+from .soft import SoftMap, soft_map
 from .states import log_norms, log_variances
 
 CHUNK = 1 << 22
@@ -292,7 +293,17 @@ class _Pooled(nn.Module):
             dots = dots.masked_fill((scene.counts[:, :, :most] == 0).transpose(-1, -2), float("-inf"))
         return dots
 
+    def soft(self, scene: Scene) -> SoftMap:
+        """Weights of all blocks instead of a choice, where the rule is soft."""
+        rule = self.spec.rule
+        assert isinstance(rule, TopKSpec)
+        assert rule.soft is not None
+        wanted = rule.weight(scene.place.selectable)
+        return soft_map(scene, lambda lo, hi: self.scores(scene, lo, hi), wanted, rule.soft)
+
     def forward(self, scene: Scene) -> Rows:
+        scene.scores = lambda lo, hi: self.scores(scene, lo, hi)
+
         def rows(lo: int, hi: int) -> Tensor:
             scores = self.scores(scene, lo, hi)
             found = self.spec.rule.choose(scores, scene, lo)

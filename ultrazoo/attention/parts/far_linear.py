@@ -1,0 +1,213 @@
+"""Linear attention as a far field: a D x D state per head over all keys, or one per query block over unselected keys.
+
+``O_l = phi(q) H / (phi(q) z + eps)`` with ``H = sum phi(k_j)^T v_j`` and ``z = sum phi(k_j)``. The state of a query block's
+unselected keys is the sum of their blocks' states by a 0/1 matrix, in fp32 and without the cancellation of a total less
+the selected ones. States live for `ROWS` query blocks and some key blocks at a time: memory does not grow with tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+from torch.utils.checkpoint import checkpoint
+
+from ...kernels.block_map import BlockMap
+from ...ops.blocks import padded, unpadded
+from ...ops.init import Constant, marked
+from ...spec import Site, option
+from .far import FarSpec
+from .orders import Place
+from .rules import kept, largest
+from .scene import Scene
+from .soft import SoftMap
+from .states import in_blocks, part, state_steps
+
+ROWS = 64
+"""Query blocks whose states are held at a time; the states of key blocks are made once for each such group."""
+
+
+def elu(z: Tensor) -> Tensor:
+    # elu(z) + 1 without the loss of digits in (e^z - 1) + 1
+    return torch.where(z > 0, z + 1, z.clamp(max=0).exp())
+
+
+def softmax(z: Tensor) -> Tensor:
+    return z.softmax(-1)
+
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax, "elu": elu, "relu": relu}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearFarSpec(FarSpec):
+    """Linear attention beside the softmax, each with its own normaliser.
+
+    `join`: ``proj`` adds a D x D map of it, with bias, shared by heads and zero at the start (SLA); ``alpha`` weighs the
+    two by a sigmoid per head, ``alpha O_s + (1 - alpha) O_l`` (SLA2). Where a query has no key left, O_l is zero.
+    """
+
+    name: ClassVar[str] = "linear"
+    source: ClassVar[str] = "SLA, arXiv 2509.24006; SLA2, arXiv 2602.12675"
+
+    keys: Literal["all", "complement"] = option("all", "every key, or those of blocks that were not selected")
+    phi: Literal["softmax", "elu", "relu"] = option(
+        "softmax", "positive features: over a head's channels, elu + 1, relu"
+    )
+    join: Literal["proj", "alpha"] = option("proj", "a learned map that starts at zero, or a convex weight per head")
+    alpha: float = option(0.9, "where join is alpha: the softmax's weight at the start", gt=0, lt=1)
+    centre: bool = option(False, "subtract the mean of all selectable keys before phi")
+    skip: float = option(0.0, "complement: share of key blocks of the lowest scores that are left out", ge=0, lt=1)
+    eps: float = option(1e-5, "added to the denominator", ge=0)
+
+    @property
+    def learned(self) -> bool:
+        return True
+
+    def flops(self, place: Place, site: Site) -> int:
+        core = 2 * site.head_dim * site.inner
+        total = (core + 2 * site.inner) * place.queries.tokens
+        if self.keys == "complement":
+            groups = -(-place.queries.count // ROWS)
+            total += core * groups * place.keys.starts[place.selectable]
+            total += (core + 2 * site.inner) * place.queries.count * place.selectable
+        else:
+            total += core * place.keys.tokens
+        if self.skip:
+            total += 2 * place.queries.count * place.selectable * site.inner
+        return total + (core * place.queries.tokens if self.join == "proj" else 0)
+
+    def parameters(self, site: Site) -> int:
+        return site.head_dim * (site.head_dim + 1) if self.join == "proj" else site.heads
+
+    def exact_with_all(self) -> bool:
+        return self.join == "proj"
+
+    def build(self, site: Site) -> nn.Module:
+        return _Linear(self, site)
+
+
+class _Linear(nn.Module):
+    def __init__(self, spec: LinearFarSpec, site: Site):
+        super().__init__()
+        self.spec = spec
+        self.phi = FEATURES[spec.phi]
+        if spec.join == "proj":
+            zero = Constant(0.0)
+            self.proj = marked(nn.Linear(site.head_dim, site.head_dim), weight=zero, bias=zero)
+        else:
+            self.alpha = nn.Parameter(torch.empty(site.heads))
+
+    def initial_values(self) -> dict[str, Any]:
+        share = torch.tensor(self.spec.alpha, dtype=torch.float64)
+        return {} if self.spec.join == "proj" else {"alpha": Constant(float(share.logit()))}
+
+    def forward(self, scene: Scene, block_map: BlockMap | SoftMap, near: Tensor, lse: Tensor | None) -> Tensor:
+        centre = self._centre(scene) if self.spec.centre else None
+        total = None
+        if self.spec.keys == "all":
+            total = self._state(scene, scene.k, scene.v, centre, 0, scene.place.keys.count)
+        blocks, parts = scene.place.queries, []
+        learns = torch.is_grad_enabled()
+        for lo in range(0, blocks.count, ROWS):
+            hi = min(lo + ROWS, blocks.count)
+            tokens = slice(blocks.starts[lo], blocks.starts[hi])
+
+            def far(q: Tensor, k: Tensor, v: Tensor, lo: int = lo, hi: int = hi) -> Tensor:
+                if total is not None:
+                    state, weight = total
+                    return self._read(q, state, weight)
+                state, weight = self._left(scene, k, v, centre, block_map, lo, hi)
+                some = part(blocks, lo, hi)
+                return unpadded(self._read(padded(q, some), state, weight), some)
+
+            given = (scene.q[:, :, tokens], scene.k, scene.v)
+            found = checkpoint(far, *given, use_reentrant=False) if learns else far(*given)
+            parts.append(self._join(near[:, :, tokens], found).to(near.dtype))
+        return torch.cat(parts, dim=2)
+
+    def _join(self, near: Tensor, far: Tensor) -> Tensor:
+        """fp32 or wider, whatever the parameters are in."""
+        if self.spec.join == "proj":
+            return near + (far @ self.proj.weight.to(far.dtype).T + self.proj.bias.to(far.dtype))
+        alpha = self.alpha.to(far.dtype).sigmoid()[:, None, None]
+        return alpha * near + (1 - alpha) * far
+
+    def _centre(self, scene: Scene) -> Tensor:
+        """The mean of all valid selectable keys, (B, heads, 1, D)."""
+        most = scene.place.selectable
+        counts = scene.counts[:, :, :most]
+        return (scene.k_means[:, :, :most] * counts).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1)
+
+    def _features(self, scene: Scene, k: Tensor, centre: Tensor | None, lo: int, hi: int) -> Tensor:
+        """phi of keys of blocks lo..hi, zeros where there is none: (B, heads, blocks, largest, D), fp32 or wider."""
+        blocks = scene.place.keys
+        tokens = slice(blocks.starts[lo], blocks.starts[hi])
+        keys = k[:, :, tokens].to(torch.promote_types(k.dtype, torch.float32))
+        features = self.phi(keys if centre is None else keys - centre)
+        valid = None if scene.key_valid is None else scene.key_valid[:, tokens]
+        some = part(blocks, lo, hi)
+        return in_blocks(features, some, 0, some.count, valid)
+
+    def _state(
+        self, scene: Scene, k: Tensor, v: Tensor, centre: Tensor | None, first: int, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of phi(k)^T v and of phi(k) over key blocks: (B, heads, D, Dv) and (B, heads, D, 1)."""
+        batch, heads, _, dim = k.shape
+        state: Any = 0
+        weight: Any = 0
+        for lo, hi in state_steps(scene.place.keys, end, batch * heads, dim, k.device):
+            features = self._features(scene, k, centre, lo, hi).flatten(2, 3)
+            values = in_blocks(v, scene.place.keys, lo, hi).flatten(2, 3)
+            state = state + features.transpose(-1, -2) @ values
+            weight = weight + features.sum(2).unsqueeze(-1)
+        return state, weight
+
+    def _left(
+        self,
+        scene: Scene,
+        k: Tensor,
+        v: Tensor,
+        centre: Tensor | None,
+        block_map: BlockMap | SoftMap,
+        lo: int,
+        hi: int,
+    ) -> tuple[Tensor, Tensor]:
+        """States of what query blocks lo..hi left: (B, heads, hi - lo, D, Dv) and (B, heads, hi - lo, D, 1)."""
+        batch, heads, _, dim = k.shape
+        wide = torch.promote_types(k.dtype, torch.float32)
+        left = self._weights(scene, block_map, lo, hi).to(wide)
+        state: Any = 0
+        weight: Any = 0
+        for first, end in state_steps(scene.place.keys, scene.place.selectable, batch * heads, dim, k.device):
+            features = self._features(scene, k, centre, first, end)
+            values = in_blocks(v, scene.place.keys, first, end)
+            share = left[..., first:end]
+            states = (features.transpose(-1, -2) @ values).flatten(3)
+            state = state + share @ states
+            weight = weight + share @ features.sum(3)
+        return state.unflatten(-1, (dim, -1)), weight.unsqueeze(-1)
+
+    def _weights(self, scene: Scene, block_map: BlockMap | SoftMap, lo: int, hi: int) -> Tensor:
+        """How much of every selectable key block is left to query blocks lo..hi: (B, heads, hi - lo, blocks)."""
+        most = scene.place.selectable
+        if isinstance(block_map, SoftMap):
+            return block_map.unselected(lo, hi)[..., :most]
+        chosen = block_map.rows(lo, hi)[..., :most].expand(scene.k.shape[0], scene.k.shape[1], -1, -1)
+        if not self.spec.skip:
+            return ~chosen
+        assert scene.scores is not None
+        with torch.no_grad():
+            scores = scene.scores(lo, hi)
+        return largest(scores, most - kept(self.spec.skip, most, least=0, down=True)) & ~chosen
+
+    def _read(self, q: Tensor, state: Tensor, weight: Tensor) -> Tensor:
+        """Queries (…, n, D) read a state (…, D, Dv) and a sum of features (…, D, 1): (…, n, Dv)."""
+        features = self.phi(q.to(state.dtype))
+        total = features @ weight
+        found: Tensor = features @ state / torch.where(total > 0, total + self.spec.eps, torch.ones_like(total))
+        return found
