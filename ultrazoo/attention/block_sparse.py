@@ -9,7 +9,7 @@ made for some query blocks at a time, so nothing is quadratic in tokens; blocks 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -25,9 +25,9 @@ from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, 
 from .contract import Attention, Call, Host, grid_positions
 from .full import kernel_problems
 from .grouped import attend_extra
-from .parts.far import CoarseSpec, DropSpec, FarSpec, MeanSpec
-from .parts.orders import ORDERS, CurveSpec, OrderSpec, Place, RasterSpec, TilesSpec
-from .parts.rules import MeanStdSpec, TopKSpec, TopPSpec
+from .parts.far import CoarseSpec, DropSpec, FarSpec
+from .parts.orders import ORDERS, ColumnsSpec, OrderSpec, Place, RasterSpec, TilesSpec
+from .parts.rules import TopKSpec, TopPSpec
 from .parts.scene import Scene
 from .parts.selectors import AllSpec, BandSpec, Bounds, PooledSpec, SelectorSpec, SinkSpec, UnionSpec
 from .parts.soft import SoftMap, soft_near
@@ -182,16 +182,12 @@ def _bounds(selector: SelectorSpec, order: OrderSpec, site: Site) -> Bounds:
 def _examples(cls: type[BlockSparseSpec]) -> Iterator[tuple[AttentionSpec, Site]]:
     rope = Rope(axes=(4, 2, 2))
     site = Site(dim=24, heads=3, head_dim=8, grid=Grid(3, 5, 7), rope=rope, qk_norm=True, layer=1, layers=2)
-    text = (Segment("text", 5), Segment("reference", 6, rows="pattern", keys="compete"))
-    tiles, runs = TilesSpec(tile=(2, 2, 3)), RasterSpec(block=8)
-    forced = UnionSpec(of=(BandSpec(width=1), SinkSpec(frames=1)))
-    yield cls(order=runs, selector=PooledSpec(rule=TopKSpec(share=0.3))), site.at(extra=text)
+    tiles = TilesSpec(tile=(2, 2, 3))
+    forced = UnionSpec(of=(PooledSpec(rule=TopPSpec(p=0.4)), BandSpec(width=1), SinkSpec(frames=1)))
+    top = PooledSpec(rule=TopKSpec(share=0.3))
+    yield cls(order=RasterSpec(block=(8, 4)), selector=top), site.at(extra=(Segment("text", 5),))
     yield cls(order=tiles, selector=PooledSpec(rule=TopKSpec(count=4)), far=CoarseSpec()), site
-    sol = UnionSpec(of=(PooledSpec(rule=MeanStdSpec(tau=0.5)), BandSpec()))
-    yield cls(order=RasterSpec(block=(8, 4)), selector=sol, far=MeanSpec()), site
-    yield cls(order=CurveSpec(block=8), selector=forced), site.at(grid=Grid(1, 6, 7), rope=None, qk_norm=False)
-    topp = PooledSpec(rule=TopPSpec(p=0.6), runs=(2, 2), centre=True, project=False)
-    yield cls(order=TilesSpec(tile=(2, 2, 2)), selector=topp, far=MeanSpec()), site.at(grid=Grid(2, 3, 5))
+    yield cls(order=ColumnsSpec(block=6), selector=forced), site.at(rope=None, qk_norm=False)
     yield cls(order=tiles, selector=AllSpec(), far=CoarseSpec()), site.at(grid=Grid(1, 4, 5), has_timestep=False)
 
 
@@ -210,8 +206,23 @@ class BlockSparseAttention(Attention):
         out = host.out(y.flatten(2))
         if call.extra is None:
             return out
-        rows = attend_extra(call.extra, k, v, call.key_valid, "auto")
-        return out, _with_pattern_rows(rows, pattern, _segments(call))
+        return out, self._extra_rows(call, k, v, pattern)
+
+    def _extra_rows(self, call: Call, k: Tensor, v: Tensor, pattern: Tensor) -> Tensor:
+        """Rows (B, M, heads*D) of extra tokens: dense ones, and those that follow the pattern in their place."""
+        extra = call.extra
+        assert extra is not None
+        if not pattern.shape[2]:
+            return attend_extra(extra, k, v, call.key_valid, "auto")
+        follows = [segment.rows == "pattern" for segment in _segments(call) for _ in range(segment.length)]
+        of_pattern = torch.tensor(follows, device=k.device)
+        rows = pattern.new_empty(pattern.shape[0], len(follows), pattern.shape[1] * pattern.shape[3])
+        rows = rows.index_copy(1, of_pattern.nonzero()[:, 0], pattern.transpose(1, 2).flatten(2))
+        dense = (~of_pattern).nonzero()[:, 0]
+        if not dense.numel():
+            return rows
+        found = attend_extra(replace(extra, q=extra.q.index_select(1, dense)), k, v, call.key_valid, "auto")
+        return rows.index_copy(1, dense, found)
 
     # lists of blocks are data: a compiler goes around them
     @torch.compiler.disable
@@ -310,12 +321,3 @@ def restored(y: Tensor, place: Place) -> Tensor:
     back = np.empty_like(place.order)
     back[place.order] = np.arange(len(back))
     return y.transpose(1, 2).index_select(1, torch.as_tensor(back, device=y.device))
-
-
-def _with_pattern_rows(dense: Tensor, pattern: Tensor, segments: tuple[Segment, ...]) -> Tensor:
-    """Extra rows (B, M, heads*D) with those that follow the pattern put in their place."""
-    if not pattern.shape[2]:
-        return dense
-    follows = [segment.rows == "pattern" for segment in segments for _ in range(segment.length)]
-    rows = torch.tensor(follows, device=dense.device).nonzero()[:, 0]
-    return dense.index_copy(1, rows, pattern.transpose(1, 2).flatten(2))

@@ -52,7 +52,13 @@ def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple
     scores = (q.to(wide) * scale) @ inputs.k.to(wide).transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
-    lse = scores.logsumexp(dim=-1)
+    lse = _logsumexp(scores) if mask is not None and torch.is_grad_enabled() else scores.logsumexp(dim=-1)
     # a row without any key has lse = -inf: its weights are 0, not NaN
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
     return (weights @ inputs.v.to(wide)).to(q.dtype), lse
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """The same with a gradient of zero, not NaN, for rows without any key."""
+    none = scores.detach().amax(dim=-1) == float("-inf")
+    return scores.masked_fill(none.unsqueeze(-1), 0.0).logsumexp(dim=-1).masked_fill(none, float("-inf"))

@@ -46,6 +46,11 @@ class Centre:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """A matrix with ones on its diagonal: it passes its input."""
+
+
+@dataclass(frozen=True)
 class Values:
     """These numbers, repeated along the first dimension as often as it is longer."""
 
@@ -62,7 +67,7 @@ class Copy:
     source: str
 
 
-Value = Constant | Normal | Uniform | Xavier | Centre | Values | Copy
+Value = Constant | Normal | Uniform | Xavier | Centre | Identity | Values | Copy
 
 
 def value_of(module: nn.Module, name: str) -> Value:
@@ -111,6 +116,8 @@ def make(value: Value, shape: Sequence[int], generator: torch.Generator) -> Tens
             tensor = torch.zeros(shape, dtype=torch.float32)
             tensor[(slice(None), slice(None), *(size // 2 for size in shape[2:]))] = 1.0
             return tensor
+        case Identity():
+            return torch.eye(*shape, dtype=torch.float32)
         case Values(numbers):
             row = torch.tensor(numbers, dtype=torch.float32)
             return row.repeat_interleave(shape[0] // len(numbers)).reshape(shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import Problem
-from ...ops.init import marked
+from ...ops.init import Identity, marked
 from ...spec import Site, Spec, option
 from .orders import Place
 from .rules import RULES, RuleSpec, TopKSpec
@@ -262,8 +262,8 @@ class _Pooled(nn.Module):
         self.spec = spec
         if spec.project:
             size = site.head_dim
-            self.query = marked(nn.Linear(size, size, bias=False), weight=identity(size))
-            self.key = marked(nn.Linear(size, size, bias=False), weight=identity(size))
+            self.query = marked(nn.Linear(size, size, bias=False), weight=Identity())
+            self.key = marked(nn.Linear(size, size, bias=False), weight=Identity())
             if spec.softness is None:
                 self.requires_grad_(False)
 
@@ -311,13 +311,6 @@ class _Pooled(nn.Module):
             return found & (scores > float("-inf"))
 
         return rows
-
-
-def identity(size: int) -> Any:
-    """A square matrix that passes its input."""
-    from ...ops.init import Values
-
-    return Values(tuple(1.0 if i == j else 0.0 for i in range(size) for j in range(size)))
 
 
 @dataclass(frozen=True, kw_only=True)
