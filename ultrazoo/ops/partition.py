@@ -215,7 +215,12 @@ def gathered_mask(axes: Indices, grid: Sequence[int], batch: int, device: torch.
         parts.append(torch.ones(1, length, dtype=torch.bool, device=device) if valid is None else valid)
     t, h, w = parts
     mask = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
-    mask = mask.flatten(3, 5).flatten(0, 2)
+    mask = mask.flatten(3, 5)
+    # a dimension of 1 beside a symbolic one makes an exporter ask whether that is 1 too
+    for axis in (2, 1, 0):
+        if axes[axis].gather is None:
+            mask = mask.squeeze(axis)
+    mask = mask.flatten(0, -2)
     return mask.unsqueeze(0).expand(batch, -1, -1).flatten(0, 1)
 
 
