@@ -56,6 +56,7 @@ TABLE: tuple[Row, ...] = (
     ),
     _attention("monarch", "monarch:MonarchSpec", "a factor along rows, one across them (MonarchRT)", "needs tuning"),
     _attention("delta", "delta:DeltaSpec", "window softmax, delta-rule state beyond it (VDN)", "needs tuning", "vdn"),
+    _attention("block_sparse", "block_sparse:BlockSparseSpec", "selected key blocks per query block", "training-free"),
     _attention("radial", "radial:RadialSpec", "bands between frames that thin with distance", "training-free"),
     _attention("divided", "divided:DividedSpec", "over time, then inside each frame (TimeSformer)", "needs tuning"),
     _attention("video_sparse", "video_sparse:VideoSparseSpec", "top-k tiles, gated coarse", "needs tuning", "VSA"),
