@@ -2,7 +2,7 @@
 
 ``O_l = phi(q) H / (phi(q) z + eps)`` with ``H = sum phi(k_j)^T v_j`` and ``z = sum phi(k_j)``. The state of a query block's
 unselected keys is the sum of their blocks' states by a 0/1 matrix, in fp32 and without the cancellation of a total less
-the selected ones. States live for `ROWS` query blocks and some key blocks at a time: memory does not grow with tokens.
+the selected ones. States live for some query blocks and some key blocks at a time, a small part of what q, k and v take.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ from .soft import SoftMap
 from .states import in_blocks, part, state_steps
 
 ROWS = 64
-"""Query blocks whose states are held at a time; the states of key blocks are made once for each such group."""
+"""Fewest query blocks whose states are held at a time; the states of key blocks are made once for each such group."""
+GROUPS = 16
+"""Most such groups."""
+CHOSEN = 1 << 24
+"""Block pairs chosen at a time, over batch and heads."""
+
+
+def query_groups(blocks: int) -> list[tuple[int, int]]:
+    """Ranges of query blocks whose states are held together."""
+    rows = max(ROWS, -(-blocks // GROUPS))
+    return [(lo, min(lo + rows, blocks)) for lo in range(0, blocks, rows)]
 
 
 def elu(z: Tensor) -> Tensor:
@@ -72,7 +82,7 @@ class LinearFarSpec(FarSpec):
         core = 2 * site.head_dim * site.inner
         total = (core + 2 * site.inner) * place.queries.tokens
         if self.keys == "complement":
-            groups = -(-place.queries.count // ROWS)
+            groups = len(query_groups(place.queries.count))
             total += core * groups * place.keys.starts[place.selectable]
             total += (core + 2 * site.inner) * place.queries.count * place.selectable
         else:
@@ -113,8 +123,7 @@ class _Linear(nn.Module):
             total = self._state(scene, scene.k, scene.v, centre, 0, scene.place.keys.count)
         blocks, parts = scene.place.queries, []
         learns = torch.is_grad_enabled()
-        for lo in range(0, blocks.count, ROWS):
-            hi = min(lo + ROWS, blocks.count)
+        for lo, hi in query_groups(blocks.count):
             tokens = slice(blocks.starts[lo], blocks.starts[hi])
 
             def far(q: Tensor, k: Tensor, v: Tensor, lo: int = lo, hi: int = hi) -> Tensor:
@@ -180,7 +189,9 @@ class _Linear(nn.Module):
         """States of what query blocks lo..hi left: (B, heads, hi - lo, D, Dv) and (B, heads, hi - lo, D, 1)."""
         batch, heads, _, dim = k.shape
         wide = torch.promote_types(k.dtype, torch.float32)
-        left = self._weights(scene, block_map, lo, hi).to(wide)
+        step = max(1, CHOSEN // (batch * heads * scene.place.selectable))
+        pieces = [self._weights(scene, block_map, at, min(at + step, hi)) for at in range(lo, hi, step)]
+        left = torch.cat(pieces, dim=2).to(wide)
         state: Any = 0
         weight: Any = 0
         for first, end in state_steps(scene.place.keys, scene.place.selectable, batch * heads, dim, k.device):
