@@ -98,3 +98,14 @@ def test_coinciding_branches_are_computed_once() -> None:
     site = module.site.at(grid=Grid(3, 2, 2))
     assert module.spec.cost(site).pairs == 3 * 4 * 4
     assert [row.pairs for row in module.spec.cost(site).branches] == [48, 0]
+
+
+def test_a_problem_is_told_once() -> None:
+    """A spec that stands for itself is checked once, a named composition before its parts."""
+    for name, options in (("cross_shaped", {}), ("axes", {"axes": ["x"]}), ("ultragen", {"windows": 3})):
+        with pytest.raises(SiteError) as caught:
+            create_attention(name, dim=8, heads=1, **options)
+        assert len(caught.value.problems) == 1, name
+    with pytest.raises(SiteError) as caught:
+        ultrazoo.visible("t3", (3, 4, 5), table="wan_5b_4k")
+    assert [problem.path for problem in caught.value.problems] == ["table"]

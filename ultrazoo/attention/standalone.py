@@ -138,7 +138,7 @@ def create_attention(
     # sizes come with each call: checked there
     site = Site(dim=dim, heads=heads, head_dim=head_dim, layer=layer, layers=layers, rope=rope, qk_norm=bool(qk_norm))
     large = site.at(grid=Grid(64, 512, 512))
-    problems = [*spec.problems(large), *spec.expand(large).problems(large)]
+    problems = spec.problems(large) or spec.expand(large).problems(large)
     if problems:
         raise SiteError(f"attention {name!r}", problems)
     module = Standalone(spec, large)
@@ -187,7 +187,7 @@ def visible(
     site = Site(dim=heads * width, heads=heads, head_dim=width, layer=layer, layers=layers, grid=as_grid(tuple(grid)))
     site = site.at(rope=Rope(axes=(4, 2, 2)))
     expanded = spec.expand(site)
-    found = [*spec.problems(site), *expanded.problems(site)]
+    found = spec.problems(site) or expanded.problems(site)
     if found:
         raise SiteError(f"attention {name!r} at grid {site.grid}", found)
     return expanded.visible(site, queries)  # type: ignore[no-any-return]
