@@ -78,7 +78,7 @@ def test_the_sum_is_as_many_means_as_there_are_groups() -> None:
 def test_all_axes_in_one_group_are_full_attention() -> None:
     with torch.no_grad():
         full = scenario(FullSpec())
-        assert_close("wth", scenario(AxesSpec(axes=("wth",))).run(full.x), full.run(), EXACT)
+        assert_close("hwt", scenario(AxesSpec(axes=("hwt",))).run(full.x), full.run(), EXACT)
         apart = scenario(AxesSpec(axes=("hw",))).run(full.x)
         assert error_ratio(apart, full.run()) > 0.01
 
@@ -139,7 +139,7 @@ def test_a_group_may_come_twice_in_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "path"), [({"axes": "thw"}, "axes"), ({"mode": "max"}, "mode"), ({"axes": [1]}, "axes.0")], ids=str
+    ("options", "path"), [({"axes": "hw"}, "axes"), ({"mode": "max"}, "mode"), ({"axes": [1]}, "axes.0")], ids=str
 )
 def test_wrong_options_are_named(options: dict[str, object], path: str) -> None:
     spec, problems = parse_part("attention", {"name": "axes", **options})

@@ -11,7 +11,7 @@ from ultrazoo.testing import Case, attend, extra_rows, grid_of, plain, real_keys
 
 def along(axes: str, places: Tensor) -> Tensor:
     """Bool (N, N): the same place on all axes that are not attended along."""
-    others = [i for i, name in enumerate("thw") if name not in axes]
+    others = [i for i, name in enumerate(("t", "h", "w")) if name not in axes]
     same = torch.ones(len(places), len(places), dtype=torch.bool)
     for i in others:
         same &= places[:, None, i] == places[None, :, i]
