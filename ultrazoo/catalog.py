@@ -138,6 +138,10 @@ def _limits(traits: Traits) -> tuple[str, ...]:
     return tuple(rows)
 
 
+_OF_BLOCK_SPARSE = {"selector": "selector", "far_field": "far"}
+"""Kinds that stand in an option of block-sparse attention, by its name."""
+
+
 def _minimal(cls: Any) -> dict[str, Any] | None:
     """The smallest recipe that uses the part; None where a recipe does not name parts of its kind."""
     part = {"name": cls.name, **cls.minimal}
@@ -148,6 +152,9 @@ def _minimal(cls: Any) -> dict[str, Any] | None:
         return _recipe(cls.name, attention=part)
     if cls.kind == "kernel":
         return _recipe(cls.name, attention={"name": "full", "kernel": cls.name})
+    if cls.kind in _OF_BLOCK_SPARSE:
+        around = {"name": "block_sparse", **cls.beside, _OF_BLOCK_SPARSE[cls.kind]: part}
+        return _recipe(cls.name, attention=around)
     attention = _branched(cls, part)
     return _recipe(cls.name, attention=attention) if attention else None
 

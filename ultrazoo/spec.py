@@ -220,6 +220,8 @@ class Spec:
     contract: ClassVar[int] = CONTRACT
     minimal: ClassVar[Mapping[str, Any]] = {}
     """Options that the smallest useful recipe gives, as recipe data; for parts that cannot be written by name alone."""
+    beside: ClassVar[Mapping[str, Any]] = {}
+    """Options that the attention around a part gives there, for parts that need them."""
 
     def problems(self, site: Site) -> list[Problem]:
         """Everything wrong with these options at `site`, paths relative to this node."""

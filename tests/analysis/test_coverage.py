@@ -140,8 +140,9 @@ def test_every_attention_has_an_answer(name):
         attention = [written.expand(one) for one in places]
         found = coverage(places, attention, [written] * 4)
         assert not found.unknown, found.unknown
-        layers, apart = by_loops(attention, places)
-        assert (found.layers, found.apart) == (layers, len(apart))
+        if site.tokens <= 300:
+            layers, apart = by_loops(attention, places)
+            assert (found.layers, found.apart) == (layers, len(apart))
 
 
 def test_large_grids_are_followed_from_sampled_queries(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.analysis.plans import fake_plan
 from tests.cost.fakes import Rows, Share
-from ultrazoo.analysis import comparison
+from ultrazoo.analysis import comparison, plot
 from ultrazoo.analysis.show import cost_text, show
 from ultrazoo.errors import OutputError, UsageError
 from ultrazoo.grid import Grid
@@ -39,11 +39,17 @@ def test_pictures_are_not_blank():
     content = show(fake_plan()).images()["influence"]
     values = mpimg.imread(io.BytesIO(content))
     assert values[..., :3].std() > 0.05
+    rows, everything = (show(fake_plan(attention=(one,))).images()["blocks"] for one in (Rows(), Share()))
+    assert rows != everything
 
 
 def test_files_are_written_under_the_plans_name(tmp_path):
     files = show(fake_plan("vendor/toy")).save(tmp_path / "out")
-    assert [file.name for file in files] == ["vendor_toy_influence.png", "vendor_toy_layers.png"]
+    assert [file.name for file in files] == [
+        "vendor_toy_influence.png",
+        "vendor_toy_blocks.png",
+        "vendor_toy_layers.png",
+    ]
     assert all(file.stat().st_size > 1000 for file in files)
 
 
@@ -95,15 +101,23 @@ def test_text_holds_maps_and_costs():
 
 def test_plans_side_by_side(capsys):
     plans = [fake_plan("dense", attention=(Share(),) * 4), fake_plan("sparse", attention=(Rows(),) * 4)]
-    rows = json.loads(json.dumps(comparison.rows(plans)))
+    compared = comparison.compare(plans)
+    rows = json.loads(json.dumps(comparison.rows(compared)))
     assert [row["name"] for row in rows] == ["dense", "sparse"]
     assert rows[0]["attention speedup"] == 1
     assert rows[1]["attention FLOPs"] == plans[1].totals.attention_flops
     assert rows[1]["start"] == {"needs tuning (arXiv:0000.00000)": [0, 1, 2, 3]}
     assert rows[0]["seconds"][0]["attention_efficiency"] == 0.9
-    comparison.show(plans)
+    assert (rows[0]["visited share"], rows[1]["visited share"]) == (1, pytest.approx((140 + 14) / 420))
+    assert rows[1]["peak in one attention"] == 2 * 5 * 420 * 8
+    assert (rows[0]["coverage"]["layers"], rows[1]["coverage"]["layers"]) == (1, None)
+    assert rows[1]["coverage"]["never_meet"]["share"] == pytest.approx(2 / 3)
+    assert {"gpu", "infer"} <= set(rows[0]["fits"][0])
+    comparison.show(compared)
     printed = capsys.readouterr().out
     assert "sparse" in printed
+    assert "never (67 % apart)" in printed
+    assert "after 1 layer every token can have influenced every other" in printed
     assert "H100 80GB: assumed attention 58 %" in printed
     assert "\x1b[" not in printed
 
@@ -112,3 +126,41 @@ def test_the_better_value_is_marked():
     marked = comparison._marked([3.0, 1.0, None], lambda v: str(v), "low")
     assert marked == ["3.0", "[bold]1.0[/bold]", "None"]
     assert comparison._marked([1, 1], str, "low") == ["1", "1"]
+
+
+def test_what_a_kernel_visits_counts_as_visited():
+    (one,) = comparison.compare([fake_plan(attention=(Share(divisor=4, visited=2),) * 4)])
+    assert comparison.visited_share(one.plan) == 0.5
+
+
+def test_plans_of_one_name_are_told_apart():
+    names = [one.name for one in comparison.compare([fake_plan("a"), fake_plan("b"), fake_plan("a")])]
+    assert names == ["a #1", "b", "a #2"]
+
+
+def test_one_layer_can_be_looked_at_alone():
+    shown = show(fake_plan(), layer=1)
+    assert [group.layers for group in shown.groups] == [(1,)]
+    assert [layer.layer for layer in shown.layers] == [1]
+    assert list(shown.maps[0]) == ["frame", "row", "all"]
+    # of the model, whose other layers see everything
+    assert shown.coverage.layers == 2
+    for layer in (-1, 4):
+        with pytest.raises(UsageError, match=f"layer {layer} does not exist: toy has layers 0-3"):
+            show(fake_plan(), layer=layer)
+
+
+def test_the_plot_of_plans_is_an_image_and_the_same_every_time():
+    plans = [fake_plan("dense", attention=(Share(),) * 4), fake_plan("sparse", attention=(Rows(),) * 4, sampling=None)]
+    compared = comparison.compare(plans)
+    content = plot.plot(compared)
+    assert content == plot.plot(compared)
+    assert content.startswith(b"\x89PNG")
+    assert min(pixels(content)) > 200
+    drawn = plot.plot(compared, "svg").decode()
+    for words in ("dense", "starts needs tuning", "never (67 % apart)", "clip or forward on H100 80GB", "runs on"):
+        assert words in drawn, words
+    assert "≈" not in drawn
+    # bars are as long as their numbers
+    panel = next(one for one in plot.panels(compared) if one.title == "visited share of full")
+    assert [panel.value(one) for one in compared] == [1, pytest.approx(154 / 420)]

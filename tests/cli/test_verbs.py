@@ -90,10 +90,78 @@ def test_show(capsys, place):
     assert [group["layers"] for group in data["groups"]] == [[0], [1], [2]]
     assert "query" in here(capsys, "show", "tiny.yaml", "--query", "9,9,99").err
     ran = here(capsys, "show", "tiny.yaml", "-o", "pictures", "--format", "svg")
-    assert sorted(ran.out.split()) == ["pictures/tiny_influence.svg", "pictures/tiny_layers.svg"]
+    names = [f"pictures/tiny_{what}.svg" for what in ("blocks", "influence", "layers")]
+    assert sorted(ran.out.split()) == names
+    assert "coverage: after 1 layer" in ran.err
     assert (place / "pictures/tiny_influence.svg").read_text().startswith("<?xml")
     assert here(capsys, "show", "tiny.yaml", "-o", "pictures", "--format", "svg").code == 2
     assert here(capsys, "show", "tiny.yaml", "-o", "pictures", "--format", "svg", "--force").code == 0
+
+
+def test_show_says_who_met_whom(capsys, place):
+    ran = here(capsys, "show", "tiny.yaml", "--layer", "1", "--block", "1,8,8", "--query", "0,0,0")
+    assert ran.code == 0
+    assert "layer 1: ultragen = branched; 12 blocks of 1x8x8 tokens, every query looked at" in ran.out
+    assert "layer 0" not in ran.out
+    assert "coverage: after 1 layer every token can have influenced every other (exact, from all 768 tokens" in ran.out
+    data = json.loads(here(capsys, "show", "tiny.yaml", "--json", "--layer", "1", "--block", "1,8,8").out)
+    assert data["coverage"]["layers"] == 1
+    (group,) = data["groups"]
+    assert (group["layers"], group["blocks"]["local"]["block"]) == ([1], [1, 8, 8])
+    assert len(group["blocks"]["all"]["share"]) == 12
+    for wrong in (("--layer", "3"), ("--block", "1,1,1"), ("--block", "x")):
+        ran = here(capsys, "show", "tiny.yaml", *wrong)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err
+
+
+@pytest.mark.parametrize("name", [row.name for row in registry.entries("attention") if row.builtin])
+def test_every_attention_can_be_shown_and_compared(capsys, place, name):
+    """By its minimal recipe: views, maps and coverage have answers, and it stands beside full attention."""
+    recipe = here(capsys, "describe", name, "--kind", "attention").out.split("minimal recipe\n")[1]
+    (place / "minimal.yaml").write_text(recipe)
+    sizes = ["video={grid: [6, 16, 24]}", "backbone={name: wan, layers: 2, dim: 1536, heads: 12}"]
+    ran = here(capsys, "show", "minimal.yaml", *sizes, "--json")
+    assert ran.code == 0, ran.err
+    data = json.loads(ran.out)
+    assert data["coverage"]["unknown"] == ""
+    for group in data["groups"]:
+        assert group["branches"][-1]["tokens"] > 0
+        share = group["blocks"]["all"]["share"]
+        assert all(0 < share[i][i] <= 1 for i in range(len(share)))
+    rows = json.loads(here(capsys, "plan", "tiny.yaml", "minimal.yaml", *sizes, "--json").out)
+    assert 0 <= rows[1]["visited share"] <= 1.2
+    assert rows[1]["coverage"]["layers"] == data["coverage"]["layers"]
+    assert rows[1]["peak in one attention"] > 0
+
+
+def test_plan_says_coverage_and_peak_memory(capsys, place):
+    text = here(capsys, "plan", "tiny.yaml").out
+    assert "peak: most bytes alive at once inside the attention" in text
+    assert "coverage" not in text
+    assert "coverage: after 1 layer" in here(capsys, "plan", "tiny.yaml", "--coverage").out
+    data = json.loads(here(capsys, "plan", "tiny.yaml", "--coverage", "--json").out)
+    assert data["coverage"]["found"] == "all"
+    made = ultrazoo.plan("tiny.yaml")
+    want = made.resolved.attention[1].cost(made.resolved.sites[1]).peak_elements * 2
+    assert made.layers[1].peak_bytes == want
+    assert f"{want / 2**20:.2f} MiB" in text
+
+
+def test_plot_of_plans(capsys, place):
+    ran = here(capsys, "plan", "tiny.yaml", "tiny.yaml", "--plot", "out/plans.svg")
+    assert (ran.code, ran.err) == (0, "out/plans.svg\n")
+    assert "tiny #2" in (place / "out/plans.svg").read_text()
+    assert "visited share" in ran.out
+    ran = here(capsys, "plan", "tiny.yaml", "--plot", "out/plans.svg")
+    assert (ran.code, ran.out) == (2, "")
+    assert "--force overwrites it" in ran.err
+    assert here(capsys, "plan", "tiny.yaml", "--plot", "out/plans.svg", "--force", "--json").code == 0
+    assert "tiny #2" not in (place / "out/plans.svg").read_text()
+    assert here(capsys, "plan", "tiny.yaml", "--plot", "one.png").code == 0
+    assert (place / "one.png").read_bytes().startswith(b"\x89PNG")
+    for wrong in ("plans.pdf", "plans", "tiny.yaml/x.png"):
+        assert here(capsys, "plan", "tiny.yaml", "--plot", wrong).code == 2
 
 
 @pytest.mark.parametrize(
@@ -108,8 +176,15 @@ def test_describe_gives_a_recipe_that_checks(capsys, place, kind, name):
     assert all(row["doc"] for row in found["options"]), [row["name"] for row in found["options"] if not row["doc"]]
     if kind == "attention":
         assert found["start"].startswith(("exact", "training-free", "needs tuning"))
-        assert found["export"]
+        # a design that does not export says so, and why
+        assert found["export"] or "does not export" in found["limits"]
         assert found["limits"]
+        assert found["formula"]
+        assert found["source"]
+        for heading in ("source", "start", "formula\n  ", "limits\n", "minimal recipe\n"):
+            assert heading in ran.out, heading
+        assert ("option " in ran.out) == bool(found["options"])
+        assert all(row["required"] or f"{row['name']} " in ran.out for row in found["options"])
     # the recipe as printed, not the one in memory
     text = ran.out.split("minimal recipe\n")[1]
     (place / "minimal.yaml").write_text(text)

@@ -65,12 +65,12 @@ def test_the_page_holds_everything_a_plan_says():
     plan = fake_plan()
     reader = read(plan)
     text = " ".join(reader.text)
-    assert len(reader.images) == 2
+    assert len(reader.images) == 3
     assert all(image.startswith(b"\x89PNG") for image in reader.images)
     for wanted in (
         "a toy that alternates", "arXiv:0000.00000", "grid 3×10×14", "needs tuning (arXiv:0000.00000)", plan.hash,
         "H100 80GB", "attention 58 %, matmul 72 %", "AdamW", "30 steps, guidance 5", "schema: 1", "frame", "row",
-        "60 forwards",
+        "60 forwards", "peak memory", "after 2 layers every token can have influenced every other", "all 420 tokens",
     ):  # fmt: skip
         assert wanted in text, wanted
 
@@ -84,7 +84,7 @@ def test_names_of_a_recipe_are_only_text(name):
     plan = fake_plan(name, summary=name, source=name)
     reader = read(plan)
     assert "script" not in reader.tags
-    assert len(reader.requests) == 2
+    assert len(reader.requests) == 3
     assert name in " ".join(reader.text)
 
 

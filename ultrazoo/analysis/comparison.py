@@ -1,4 +1,7 @@
-"""Several plans side by side: one column per plan, one row per figure, the best of each row marked."""
+"""Several plans side by side: one column per plan, one row per figure, the best of each row marked.
+
+Coverage is followed within its budget (`coverage.BUDGET`), so that a comparison of 4K plans stays a matter of seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost import units
 from ..cost.units import layer_list
+from .coverage import Coverage, coverage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +29,39 @@ class Figure:
     value: Callable[[Any], Any]
     text: Callable[[Any], str] = str
     better: str | None = "low"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A plan and its coverage. `name` tells plans of one recipe apart."""
+
+    name: str
+    plan: Plan
+    coverage: Coverage
+
+
+def compare(plans: Sequence[Plan]) -> list[Compared]:
+    """The plans with their coverage; plans of the same name are numbered."""
+    names = [plan.name for plan in plans]
+    seen: dict[str, int] = {}
+    rows = []
+    for plan in plans:
+        seen[plan.name] = seen.get(plan.name, 0) + 1
+        name = plan.name if names.count(plan.name) == 1 else f"{plan.name} #{seen[plan.name]}"
+        resolved = plan.resolved
+        rows.append(Compared(name, plan, coverage(resolved.sites, resolved.attention, resolved.written)))
+    return rows
+
+
+def visited_share(plan: Plan) -> float:
+    """Query-key pairs that kernels visit, masked ones included, over those of full attention."""
+    visited = sum(one.pairs if one.visited_pairs is None else one.visited_pairs for one in plan.layers)
+    return visited / sum(one.full_pairs for one in plan.layers)
+
+
+def peak_bytes(plan: Plan) -> int:
+    """Most bytes alive inside one layer's attention."""
+    return max(one.peak_bytes for one in plan.layers)
 
 
 def _attention(plan: Plan) -> dict[str, list[int]]:
@@ -55,12 +92,14 @@ FIGURES: tuple[Figure, ...] = (
     Figure("tokens", lambda p: p.grid.tokens, units.count, None),
     Figure("attention", _attention, _attention_text, None),
     Figure("start", starts, _attention_text, None),
+    Figure("visited share", visited_share, units.percent),
     Figure("attention FLOPs", lambda p: p.totals.attention_flops, units.flops),
     Figure("forward FLOPs", lambda p: p.totals.flops, units.flops),
     Figure("attention speedup", lambda p: p.totals.attention_speedup, units.ratio, "high"),
     Figure("parameters", lambda p: p.totals.parameters, units.params, None),
     Figure("extra parameters", lambda p: p.totals.extra_parameters, units.params),
     Figure("weights", lambda p: p.totals.weight_bytes, units.gib),
+    Figure("peak in one attention", peak_bytes, units.gib),
     Figure("activations, infer", lambda p: p.totals.activation_bytes.infer, units.gib),
     Figure("activations, train", lambda p: p.totals.activation_bytes.train, units.gib),
     Figure("… checkpointed", lambda p: p.totals.activation_bytes.train_checkpointed, units.gib),
@@ -77,37 +116,43 @@ def smallest(plan: Plan, mode: str) -> str | None:
     return next((fit.gpu for fit in plan.fits if getattr(fit, mode)), None)
 
 
-def rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """One mapping per plan: name, hash and every figure with its raw value, seconds per GPU included."""
+def rows(compared: Sequence[Compared]) -> list[dict[str, Any]]:
+    """One mapping per plan: name, hash, every figure with its raw value, coverage, seconds and fits per GPU."""
     found = []
-    for plan in plans:
-        row: dict[str, Any] = {"name": plan.name, "hash": plan.hash}
+    for one in compared:
+        row: dict[str, Any] = {"name": one.plan.name, "hash": one.plan.hash}
         for figure in FIGURES:
-            row[figure.name] = figure.value(plan)
-        row["seconds"] = [one.data() for one in plan.seconds]
+            row[figure.name] = figure.value(one.plan)
+        row["coverage"] = one.coverage.data()
+        row["seconds"] = [seconds.data() for seconds in one.plan.seconds]
+        row["fits"] = [fit.data() for fit in one.plan.fits]
         found.append(row)
     return found
 
 
-def table(plans: Sequence[Plan]) -> Table:
+def table(compared: Sequence[Compared]) -> Table:
     """A rich table: figures down, plans across; the better values of a row are bold."""
+    from rich.markup import escape
     from rich.table import Table
 
+    plans = [one.plan for one in compared]
     made = Table(title=None, header_style="bold", pad_edge=False, box=None, show_edge=False)
     made.add_column("")
-    for plan in plans:
-        made.add_column(plan.name, justify="right", overflow="fold")
+    for one in compared:
+        made.add_column(escape(one.name), justify="right", overflow="fold")
     for figure in FIGURES:
         values = [figure.value(plan) for plan in plans]
         made.add_row(figure.name, *_marked(values, figure.text, figure.better))
+        if figure.name == "visited share":
+            made.add_row("coverage, layers", *(one.coverage.short() for one in compared))
     for name in GPUS_SHOWN:
         seconds = [next((one for one in plan.seconds if one.gpu == name), None) for plan in plans]
         if all(one is None for one in seconds):
             continue
         for label, attribute in (("forward", "forward"), ("clip", "clip")):
-            values = [None if one is None else getattr(one, attribute) for one in seconds]
-            if any(value is not None for value in values):
-                made.add_row(f"{label} on {name}", *_marked(values, _time, "low"))
+            times = [None if one is None else getattr(one, attribute) for one in seconds]
+            if any(value is not None for value in times):
+                made.add_row(f"{label} on {name}", *_marked(times, _time, "low"))
     return made
 
 
@@ -126,22 +171,23 @@ def _marked(values: Sequence[Any], text: Callable[[Any], str], better: str | Non
     return [f"[bold]{one}[/bold]" if value == best else one for one, value in zip(drawn, values, strict=True)]
 
 
-def note(plans: Sequence[Plan]) -> str:
-    """What the times of `table` assume, one line per GPU shown."""
-    lines = []
+def note(compared: Sequence[Compared]) -> str:
+    """How coverage was found, plan by plan, and what the times of `table` assume, one line per GPU shown."""
+    lines = [f"{one.name}: {one.coverage.text()}" for one in compared]
     for name in GPUS_SHOWN:
-        found = {one.assumed for plan in plans for one in plan.seconds if one.gpu == name}
+        found = {row.assumed for one in compared for row in one.plan.seconds if row.gpu == name}
         lines += [f"{name}: assumed {assumed}" for assumed in sorted(found)]
     return "\n".join(lines)
 
 
-def show(plans: Sequence[Plan]) -> None:
+def show(compared: Sequence[Compared]) -> None:
     """Print the comparison on stdout: colours only on a terminal and without NO_COLOR, never cut when piped."""
     import sys
 
     from rich.console import Console
+    from rich.text import Text
 
-    width = None if sys.stdout.isatty() else max(100, 24 + 30 * len(plans))
+    width = None if sys.stdout.isatty() else max(100, 24 + 30 * len(compared))
     console = Console(file=sys.stdout, width=width, highlight=False)
-    console.print(table(plans))
-    console.print("\n" + note(plans), style="dim")
+    console.print(table(compared))
+    console.print(Text("\n" + note(compared)), style="dim")

@@ -155,12 +155,12 @@ def grouped(
         return []
     query = query or default_query(sites[0].grid)
     found: dict[tuple[str, str, bytes], tuple[list[int], tuple[View, ...], str]] = {}
-    for layer, (site, spec) in enumerate(zip(sites, attention, strict=True)):
+    for site, spec, asked in zip(sites, attention, written or attention, strict=True):
         now = views(spec, site, query)
-        traits = (written or attention)[layer].traits()
-        name = spec.name if not written or written[layer].name == spec.name else f"{written[layer].name} = {spec.name}"
+        traits = asked.traits()
+        name = spec.name if asked.name == spec.name else f"{asked.name} = {spec.name}"
         key = (name, str(traits.start), _digest(now))
-        found.setdefault(key, ([], now, spec.traits().visible))[0].append(layer)
+        found.setdefault(key, ([], now, spec.traits().visible))[0].append(site.layer)
     return [
         Views(tuple(layers), name, start, bound, query, now) for (name, start, _), (layers, now, bound) in found.items()
     ]

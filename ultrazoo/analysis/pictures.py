@@ -26,7 +26,7 @@ HERE = "#1d5fae"
 MARK = "#e8590c"
 PARTS = (("attention", "#1d5fae"), ("projections", "#7fb2e5"), ("other", "#c3cfd9"))
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -40,7 +40,7 @@ _STYLE: Any = {
     "svg.hashsalt": "ultrazoo",
     "svg.fonttype": "none",
 }
-_MOST_GROUPS = 8
+MOST_GROUPS = 8
 
 
 def influence(groups: Sequence[Views], title: str = "") -> Figure:
@@ -55,7 +55,7 @@ def influence(groups: Sequence[Views], title: str = "") -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    shown = list(groups[:_MOST_GROUPS])
+    shown = list(groups[:MOST_GROUPS])
     names = _columns(shown)
     frames, h, w = shown[0].whole.seen.shape
     tall = min(max(h / w, 0.4), 1.6)
@@ -68,7 +68,7 @@ def influence(groups: Sequence[Views], title: str = "") -> Figure:
     heading = f"{title + ': ' if title else ''}who can influence token t={t}, y={y}, x={x}{left_out}"
     # the heading and the legend need room above a single column
     wide = max(cell_w * len(names) + 0.3, 0.1 * len(heading) + 0.3, 7.4)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         tallest = head + cell_h * len(shown) + gap * (len(shown) - 1) + foot
         figure = Figure(figsize=(wide, tallest), dpi=_dpi(w / cell_w))
         height = figure.get_figheight()
@@ -178,7 +178,7 @@ def layer_costs(layers: Sequence[LayerPlan], full: int | None = None, title: str
     parts = np.array([[one.attention_flops, one.projection_flops, one.other_flops] for one in layers], dtype=float)
     top = parts.sum(axis=1).max()
     scale, unit = _unit(top)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 2.9), dpi=120)
         axes = figure.add_axes((0.08, 0.19, 0.90, 0.60))
         places = [one.layer for one in layers]
@@ -218,6 +218,6 @@ def image(figure: Figure, form: str = "png") -> bytes:
 
     metadata: dict[str, Any] = {"Date": None} if form == "svg" else {"Software": None}
     stream = io.BytesIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(stream, format=form, metadata=metadata)
     return stream.getvalue()

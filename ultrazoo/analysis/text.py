@@ -1,19 +1,22 @@
-"""Views of a query drawn with characters, for a terminal."""
+"""Views of a query and block maps drawn with characters, for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..cost.units import count, percent
-from .influence import View, Views
+from .blocks import BlockMap
+from .influence import ALL, View, Views
 
 SHADES = " ░▒▓█"
 PLAIN = " .:+#"
 QUERY = "◆"
 PLAIN_QUERY = "Q"
 _LEGEND = "share of a cell's tokens seen, all frames"
+_BLOCK_LEGEND = "down: blocks of queries, across: blocks of keys, both in raster order; share of pairs seen"
 
 
 def render(groups: Sequence[Views], *, width: int = 100, unicode: bool = True) -> str:
@@ -29,11 +32,49 @@ def render(groups: Sequence[Views], *, width: int = 100, unicode: bool = True) -
         shown = group.views if len(group.views) != 2 else group.views[-1:]
         lines += _side_by_side([_block(view, group.query, shades, query, width, len(shown)) for view in shown], width)
         lines.append("")
-    steps = "  ".join(
-        f"{shade!r} {low}" for shade, low in zip(shades, ("none", "< 1/3", "< 2/3", "< all", "all"), strict=True)
-    )
-    lines.append(f"{_LEGEND}: {steps}; {query} the query; T: one cell per frame")
+    lines.append(f"{_LEGEND}: {_steps(shades)}; {query} the query; T: one cell per frame")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _steps(shades: str) -> str:
+    names = ("none", "< 1/3", "< 2/3", "< all", "all")
+    return "  ".join(f"{shade!r} {name}" for shade, name in zip(shades, names, strict=True))
+
+
+def render_blocks(
+    groups: Sequence[Views], maps: Sequence[Mapping[str, BlockMap]], *, width: int = 100, unicode: bool = True
+) -> str:
+    """The block maps of every group of layers, side by side; no line of a map is longer than `width`."""
+    shades = SHADES if unicode else PLAIN
+    lines: list[str] = []
+    for group, named in zip(groups, maps, strict=True):
+        lines.append(f"{group.title}: {group.attention}; {named[ALL].title()}")
+        # one branch alone is all there is
+        shown = named if len(named) != 2 else {ALL: named[ALL]}
+        lines += _side_by_side([_block_map(name, one, shades, width, len(shown)) for name, one in shown.items()], width)
+        lines.append("")
+    lines.append(f"{_BLOCK_LEGEND}: {_steps(shades)}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _block_map(name: str, one: BlockMap, shades: str, width: int, columns: int) -> list[str]:
+    room = max(12, min((width - 4 * columns) // min(columns, 4), 48))
+    cols = min(room, one.blocks)
+    # a character is about twice as tall as wide
+    rows = max(1, min(one.blocks, round(cols / 2)))
+    edge = "-" * cols
+    drawn = ["".join(_shade(value, shades) for value in row) for row in cells(one.share, rows, cols)]
+    caption = [name, f"{percent(one.seen)} of block pairs"]
+    return [*caption, f"+{edge}+", *(f"|{row}|" for row in drawn), f"+{edge}+"]
+
+
+def folded(text: str, width: int) -> str:
+    """Sentences broken at `width`, what is indented staying so."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False) or [""]
+    return "\n".join(lines)
 
 
 def _block(view: View, query: tuple[int, int, int], shades: str, mark: str, width: int, columns: int) -> list[str]:

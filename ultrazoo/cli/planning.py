@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import typer
 
+from ..errors import OutputError, UsageError
 from . import common, out
+
+if TYPE_CHECKING:
+    from ..recipe import Plan
 
 NAME = "plan"
 
@@ -13,23 +20,66 @@ def command(
     arguments: list[str] = common.RECIPES,
     json: bool = common.JSON,
     layers: bool = typer.Option(False, "--layers", help="One row per layer instead of runs of equal layers."),
+    coverage: bool = typer.Option(False, "--coverage", help="Also: after how many layers all tokens can have met."),
+    plot: Path | None = typer.Option(None, "--plot", help="Draw the plans side by side into this .png or .svg file."),
+    force: bool = typer.Option(False, "--force", help="Overwrite the file of --plot."),
 ) -> None:
-    """Check and price recipes; several stand side by side."""
+    """Check and price recipes; several stand side by side.
+
+    Several plans always show their coverage, one only with --coverage.
+    """
     from .. import api
 
     recipes, overrides = common.split(arguments, verb="plan", many=True)
+    form = _form(plot, force)
     plans = [api.plan(recipe, *overrides) for recipe in recipes]
-    if len(plans) > 1:
-        from ..analysis import comparison
-
-        if json:
-            out.emit(comparison.rows(plans))
-        else:
-            comparison.show(plans)
+    if len(plans) == 1 and plot is None:
+        _one(plans[0], json, layers, coverage)
         return
+    from ..analysis import comparison
+
+    compared = comparison.compare(plans)
+    if plot is not None:
+        from ..analysis.plot import plot as draw
+
+        _write(plot, draw(compared, form))
     if json:
-        out.emit(plans[0].to_json())
+        out.emit(comparison.rows(compared))
+    else:
+        comparison.show(compared)
+    if plot is not None:
+        out.note(str(plot))
+
+
+def _one(plan: Plan, json: bool, layers: bool, coverage: bool) -> None:
+    found = None
+    if coverage:
+        from ..analysis.coverage import coverage as follow
+
+        found = follow(plan.resolved.sites, plan.resolved.attention, plan.resolved.written)
+    if json:
+        out.emit(plan.to_json() | ({} if found is None else {"coverage": found.data()}))
         return
     from .plantext import text
 
-    out.echo(text(plans[0], every_layer=layers))
+    out.echo(text(plan, every_layer=layers, coverage=found))
+
+
+def _form(plot: Path | None, force: bool) -> str:
+    """The form of a picture, from the name of its file; known before anything is computed."""
+    if plot is None:
+        return ""
+    form = plot.suffix.removeprefix(".").casefold()
+    if form not in ("png", "svg"):
+        raise UsageError(f"--plot takes a file that ends in .png or .svg, got {str(plot)!r}")
+    if plot.exists() and not force:
+        raise OutputError(f"{plot} exists already; --force overwrites it")
+    return form
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""One plan as text: what the recipe stands for, cost per layer and in total, where it fits and how long it takes."""
+"""One plan as text: what the recipe stands for, cost and memory per layer and in total, where it fits, how long it takes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,29 @@ from ..cost.units import count, duration, flops, gib, layer_list, params
 from .out import style, table
 
 if TYPE_CHECKING:
+    from ..analysis.coverage import Coverage
     from ..cost import LayerPlan
     from ..recipe import Plan
 
-_LAYER_COLUMNS = ["layers", "attention", "keys/query", "attention", "projections", "other", "new params", "start"]
+_LAYER_COLUMNS = [
+    "layers",
+    "attention",
+    "keys/query",
+    "attention",
+    "projections",
+    "other",
+    "new params",
+    "peak",
+    "start",
+]
+
+_PEAK = "peak: most bytes alive at once inside the attention, beside its input; inference, batch 1"
 
 
-def text(plan: Plan, *, every_layer: bool = False) -> str:
+def text(plan: Plan, *, every_layer: bool = False, coverage: Coverage | None = None) -> str:
     """The plan for people; layers that cost the same share a row unless `every_layer`."""
-    parts = [_head(plan), _layers(plan.layers, every_layer), _steps(plan), _totals(plan), _fits(plan), _seconds(plan)]
+    parts = [_head(plan), _layers(plan.layers, every_layer), "" if coverage is None else coverage.text()]
+    parts += [_steps(plan), _totals(plan), _fits(plan), _seconds(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -50,11 +64,12 @@ def _layers(layers: Sequence[LayerPlan], every_layer: bool) -> str:
             [
                 layer_list([layer.layer for layer in group]),
                 one.attention if one.written == one.attention else f"{one.written} = {one.attention}",
-                count(round(one.keys_per_query)),
+                _keys(one),
                 flops(one.attention_flops),
                 flops(one.projection_flops),
                 flops(one.other_flops),
                 params(one.extra_parameters),
+                gib(one.peak_bytes),
                 one.start,
             ]
         )
@@ -65,14 +80,26 @@ def _layers(layers: Sequence[LayerPlan], every_layer: bool) -> str:
                 figures = [flops(branch.attention_flops), flops(branch.projection_flops), flops(branch.other_flops)]
                 keys = count(round(branch.pairs / tokens))
                 rows.append(["", f"  {branch.name}", keys, *figures, params(branch.parameters)])
-    return table(rows, _LAYER_COLUMNS, right="llrrrrr")
+    return table(rows, _LAYER_COLUMNS, right="llrrrrrr") + "\n" + style(_PEAK, "dim")
+
+
+def _keys(one: LayerPlan) -> str:
+    """Keys per query, and between which numbers the data decide."""
+    text = count(round(one.keys_per_query))
+    if one.pairs and one.pairs_min is not None and one.pairs_max is not None:
+        low, high = (round(pairs / one.pairs * one.keys_per_query) for pairs in (one.pairs_min, one.pairs_max))
+        text += f" ({count(low)}-{count(high)})" if low != high else ""
+    return text
 
 
 def _grouped(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
     """Layers that cost the same, in order of first appearance; parities separate by themselves."""
     groups: dict[tuple[object, ...], list[LayerPlan]] = {}
     for one in layers:
-        key = (one.attention, one.written, one.pairs, one.flops, one.extra_parameters, one.branches, one.start)
+        key = (
+            *(one.attention, one.written, one.pairs, one.flops, one.extra_parameters, one.branches, one.peak_bytes),
+            one.start,
+        )
         groups.setdefault(key, []).append(one)
     return list(groups.values())
 

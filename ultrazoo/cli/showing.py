@@ -1,4 +1,4 @@
-"""`ultrazoo show`: who can influence a chosen query, per branch and layer parity, and what every layer costs."""
+"""`ultrazoo show`: who can influence a chosen query, which blocks see which, when all have met, what layers cost."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ WIDTH = 100
 def command(
     arguments: list[str] = common.RECIPE,
     query: str | None = typer.Option(None, "--query", help="Token t,y,x to look at; near the middle unless given."),
+    layer: int | None = typer.Option(None, "--layer", help="Look at this layer only; coverage stays the model's."),
+    block: str | None = typer.Option(None, "--block", help="Tokens t,h,w of a block; 64 blocks at most unless given."),
     output: Path | None = typer.Option(None, "-o", "--output", help="Write pictures into this directory instead."),
     form: str = typer.Option("png", "--format", help="Of the pictures: png or svg."),
     force: bool = typer.Option(False, "--force", help="Overwrite pictures that exist."),
     json: bool = common.JSON,
 ) -> None:
-    """Draw who sees whom, and what layers cost.
+    """Draw who sees whom, when all have met, and what layers cost.
 
-    As text, or as pictures with -o.
+    Who can influence a query, which blocks of keys each block of queries sees, after how many layers every token can have
+    influenced every other. As text, or as pictures with -o.
     """
     from .. import api
     from ..analysis.show import FORMS, show
@@ -34,7 +37,7 @@ def command(
         raise UsageError(f"--format is {' or '.join(FORMS)}, got {form!r}; {near(form, FORMS)}".rstrip("; "))
     (recipe,), overrides = common.split(arguments, verb="show")
     plan = api.plan(recipe, *overrides)
-    shown = show(plan, query)
+    shown = show(plan, query, layer=layer, block=block)
     if output is None:
         if json:
             out.emit(shown.data())
@@ -48,6 +51,7 @@ def command(
         out.emit({**shown.data(), "files": [str(file) for file in files]})
     else:
         out.echo("\n".join(str(file) for file in files))
+        out.note(shown.coverage.text())
 
 
 def _unicode() -> bool:

@@ -43,7 +43,9 @@ class LayerPlan:
     `attention` is the name of what runs, `written` that of the recipe (they differ for named compositions).
     `pairs` are query-key pairs computed, ``keys_per_query = pairs / N``. `projection_flops`: queries, keys, values and
     output; `other_flops`: compression, lifts and gates of the attention, and the rest of the layer.
-    `extra_parameters` are the attention's own, alternatives for other sampling steps included.
+    `extra_parameters` are the attention's own, alternatives for other sampling steps included. `peak_bytes`: most bytes
+    alive at once inside the attention, beside its input, at batch 1 and inference. `full_pairs`: what full attention
+    computes there.
     """
 
     layer: int
@@ -60,6 +62,8 @@ class LayerPlan:
     pairs_min: int | None = None
     pairs_max: int | None = None
     visited_pairs: int | None = None
+    peak_bytes: int = 0
+    full_pairs: int = 0
 
     @property
     def flops(self) -> int:
@@ -182,7 +186,7 @@ def price(
     rest = backbone.cost(grid)
     costs = [spec.cost(site) for spec, site in zip(attention, sites, strict=True)]
     alternatives = [{i: spec.cost(sites[i]) for i, spec in one.layers.items()} for one in steps]
-    layers = _layers(rest, sites, attention, written or attention, costs, alternatives)
+    layers = _layers(rest, sites, attention, written or attention, costs, alternatives, ELEMENT_BYTES[dtype])
 
     extra = sum(layer.extra_parameters for layer in layers)
     parameters = rest.parameters + extra
@@ -206,6 +210,7 @@ def _layers(
     written: Sequence[AttentionSpec],
     costs: Sequence[Cost],
     alternatives: Sequence[Mapping[int, Cost]],
+    size: int,
 ) -> tuple[LayerPlan, ...]:
     rows = []
     for i, (site, spec, cost) in enumerate(zip(sites, attention, costs, strict=True)):
@@ -225,6 +230,8 @@ def _layers(
                 pairs_min=cost.pairs_min,
                 pairs_max=cost.pairs_max,
                 visited_pairs=cost.visited_pairs,
+                peak_bytes=size * cost.peak_elements,
+                full_pairs=(site.tokens + site.extra_tokens) ** 2,
             )
         )
     return tuple(rows)

@@ -90,12 +90,18 @@ def _starts(plan: Plan) -> str:
 
 
 def _pictures(plan: Plan) -> str:
-    images = show(plan).images("png")
+    shown = show(plan)
+    images = shown.images("png")
+    answer = "".join(f"<p>{escape(line.strip())}</p>" for line in shown.coverage.text().splitlines())
     return (
         "<h2>Who sees whom</h2>"
         + _image(images["influence"], "Tokens that can influence one query, per branch and group of layers")
         + "<p>Possible dependence of one token's output on the input, through compression and lift. Layers that look "
-        "alike share a row.</p><h2>Cost per layer</h2>" + _image(images["layers"], "FLOPs of each layer")
+        "alike share a row.</p>"
+        + answer
+        + _image(images["blocks"], "Blocks of keys that each block of queries sees")
+        + "<h2>Cost per layer</h2>"
+        + _image(images["layers"], "FLOPs of each layer")
     )
 
 
@@ -110,7 +116,10 @@ def _layers(plan: Plan) -> str:
         + "</tr>"
         for row in rows
     )
-    note = "<p>Figures of one layer; batch 1, forward; matmul, convolution and attention, 2 FLOPs per multiply-add.</p>"
+    note = (
+        "<p>Figures of one layer; batch 1, forward; matmul, convolution and attention, 2 FLOPs per multiply-add. "
+        "Peak memory: most bytes alive at once inside the attention, beside its input, at inference.</p>"
+    )
     return f'{note}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

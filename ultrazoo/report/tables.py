@@ -25,6 +25,7 @@ LAYER_HEADINGS = (
     "projections",
     "other",
     "extra parameters",
+    "peak memory",
 )
 
 
@@ -34,7 +35,7 @@ def layer_groups(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
     for layer in layers:
         key = (
             layer.attention, layer.written, layer.pairs, layer.attention_flops, layer.projection_flops,
-            layer.other_flops, layer.extra_parameters, layer.start, layer.branches,
+            layer.other_flops, layer.extra_parameters, layer.peak_bytes, layer.start, layer.branches,
         )  # fmt: skip
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
@@ -46,9 +47,10 @@ def layer_rows(layers: Sequence[LayerPlan], tokens: int) -> list[LayerRow]:
     for group in layer_groups(layers):
         one = group[0]
         numbers = units.layer_list([layer.layer for layer in group])
-        rows.append(LayerRow((numbers, label(one), *_figures(one, one.extra_parameters, tokens))))
+        figures = _figures(one, one.extra_parameters, tokens)
+        rows.append(LayerRow((numbers, label(one), *figures, units.gib(one.peak_bytes))))
         if len(one.branches) > 1:
-            rows += [LayerRow((b.name, "", *_figures(b, b.parameters, tokens)), branch=True) for b in one.branches]
+            rows += [LayerRow((b.name, "", *_figures(b, b.parameters, tokens), ""), branch=True) for b in one.branches]
     return rows
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ...errors import Problem
+from ...grid import AXES
 from ...spec import Site, option
 from .orders import Place
 from .selectors import SelectorSpec
@@ -21,6 +23,7 @@ class SlidingSpec(SelectorSpec):
     source: ClassVar[str] = "STA, arXiv 2502.04507"
     static: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
+    beside: ClassVar[Mapping[str, Any]] = {"order": {"name": "tiles"}}
 
     window: tuple[int, ...] = option((3, 3, 3), "tiles (T, H, W); odd, or at least as many as the axis has", ge=1)
 
@@ -33,7 +36,7 @@ class SlidingSpec(SelectorSpec):
         if place.tiles is None:
             return [Problem("", "a window of tiles needs tiles", "use order: {name: tiles, tile: …}")]
         found = []
-        for axis, size, count in zip("thw", self.window, place.tiles, strict=True):
+        for axis, size, count in zip(AXES, self.window, place.tiles, strict=True):
             if size % 2 == 0 and size < count:
                 rule = f"a window of {size} tiles along {axis} has no middle"
                 found.append(Problem("window", rule, f"use {size - 1}, {size + 1}, or {count} for the whole axis"))
