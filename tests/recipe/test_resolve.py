@@ -181,7 +181,20 @@ def test_plan_json_has_the_agreed_keys() -> None:
     data = recipe.make_plan(resolved("ultragen_tiny")).to_json()
     flops = {"attention_flops", "projection_flops", "other_flops"}
     assert set(data) == {
-        *("schema", "name", "hash", "grid", "tokens", "layers", "totals", "clip", "fits", "plugins", "kernels", "recipe"),
+        *(
+            "schema",
+            "name",
+            "hash",
+            "grid",
+            "tokens",
+            "layers",
+            "totals",
+            "clip",
+            "fits",
+            "plugins",
+            "kernels",
+            "recipe",
+        ),
     }
     assert set(data["layers"][0]) == flops | {
         *("layer", "attention", "pairs", "keys_per_query", "extra_parameters", "branches"),
