@@ -47,7 +47,7 @@ def parts() -> str:
 
 
 def _part(entry: Any, spec: Any) -> list[str]:
-    lines = ["", f"### {entry.name}", "", f"{_sentence(entry.summary)}"]
+    lines = ["", f"### {entry.name}", "", f"{sentence(entry.summary)}"]
     facts = []
     if entry.aliases:
         facts.append("also called " + ", ".join(f"`{alias}`" for alias in entry.aliases))
@@ -56,11 +56,11 @@ def _part(entry: Any, spec: Any) -> list[str]:
     if getattr(spec, "presets", None):
         facts.append("presets: " + ", ".join(f"`{name}`" for name in spec.presets))
     if facts:
-        lines[-1] += " " + _sentence("; ".join(facts))
-    return lines + _options(spec, "")
+        lines[-1] += " " + sentence("; ".join(facts))
+    return lines + option_tables(spec)
 
 
-def _options(cls: type, under: str) -> list[str]:
+def option_tables(cls: type, under: str = "") -> list[str]:
     """A table of the options of a class, then one for each group of options inside it."""
     from ultrazoo.options import declared, expected
 
@@ -77,9 +77,9 @@ def _options(cls: type, under: str) -> list[str]:
         groups += [(path, group) for group in _groups(row.annotation)] if not row.kind and not row.choices else []
         groups += [(f"{path}: {name}", group) for name, group in (row.choices or {}).items()]
     for path, group in groups:
-        inner = _options(group, path)
+        inner = option_tables(group, path)
         if inner:
-            lines += ["", f"`{path}`: {_sentence(_summary(group))}", *inner]
+            lines += ["", f"`{path}`: {sentence(_summary(group))}", *inner]
     return lines
 
 
@@ -105,7 +105,7 @@ def _summary(cls: type) -> str:
     return " ".join(paragraph.split()).replace("``", "`")
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
@@ -118,7 +118,7 @@ def commands() -> str:
     lines = [
         "# Commands",
         "",
-        _sentence(group.help or ""),
+        sentence(group.help or ""),
         "",
         "```text",
         "ultrazoo [--debug] [--plugin FILE.py] COMMAND ...",

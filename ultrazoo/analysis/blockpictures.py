@@ -1,4 +1,4 @@
-"""Pictures of block maps: queries down, keys across, one map per branch."""
+"""Pictures of block maps, queries down and keys across, and small pictures of a design for lists."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from ..cost.units import percent
 from .blocks import BlockMap
-from .influence import ALL, Views
-from .pictures import ELSEWHERE, FAINT, HERE, MOST_GROUPS, STYLE
+from .influence import ALL, View, Views
+from .pictures import ELSEWHERE, FAINT, HERE, MARK, MOST_GROUPS, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,5 +71,68 @@ def _map(axes: Axes, one: BlockMap) -> None:
         place = span * one.blocks / spans - 0.5
         axes.axhline(place, color="white", lw=0.6)
         axes.axvline(place, color="white", lw=0.6)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+_MOST_FRAMES, _MOST_ROWS = 5, 6
+
+
+def thumbnail(groups: Sequence[Views], maps: Sequence[Mapping[str, BlockMap]]) -> Figure:
+    """A small picture of a design: per group of layers and branch, the frames with what one query may depend on, and the
+    block map.
+
+    At most 6 rows and 5 frames are drawn, frames evenly chosen and with the query's own.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    shown = [
+        (group, view, named.get(view.name, named[ALL]), view.name in named)
+        for group, named in zip(groups, maps, strict=True)
+        for view in (group.views[:-1] if len(group.views) > 2 else group.views[-1:])
+    ][:_MOST_ROWS]
+    frames, h, w = shown[0][1].seen.shape
+    chosen = _frames(frames, shown[0][0].query[0])
+    tall_one, head = 1.0, 0.34
+    wide_one = tall_one * min(max(w / h, 0.6), 2.0)
+    wide = 0.1 + (wide_one + 0.08) * len(chosen) + 0.25 + tall_one + 0.1
+    tall = (tall_one + head) * len(shown) + 0.08
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(wide, tall), dpi=110)
+        for row, (group, view, blocks, named) in enumerate(shown):
+            low = (tall - (tall_one + head) * (row + 1)) / tall
+            name = group.title if view.name == ALL else f"{group.title}: {view.name}"
+            for column, frame in enumerate(chosen):
+                left = (0.1 + (wide_one + 0.08) * column) / wide
+                axes = figure.add_axes((left, low, wide_one / wide, tall_one / tall))
+                _frame(axes, view, frame, group.query)
+                axes.set_title(
+                    f"{name}, t = {frame}" if column == 0 else f"t = {frame}", loc="left", fontsize=6.5, pad=3
+                )
+            left = (0.1 + (wide_one + 0.08) * len(chosen) + 0.25) / wide
+            axes = figure.add_axes((left, low, tall_one / wide, tall_one / tall))
+            _map(axes, blocks)
+            # heads have no maps of their own
+            axes.set_title("blocks" if named else "blocks, all heads", loc="left", fontsize=6.5, pad=3)
+    return figure
+
+
+def _frames(frames: int, own: int) -> list[int]:
+    picked = {int(place) for place in np.linspace(0, frames - 1, min(frames, _MOST_FRAMES)).round()}
+    if own not in picked:
+        picked.discard(min(picked, key=lambda frame: abs(frame - own)))
+        picked.add(own)
+    return sorted(picked)
+
+
+def _frame(axes: Axes, view: View, frame: int, query: tuple[int, int, int]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    seen = view.seen[frame].astype(int)
+    axes.imshow(seen, cmap=ListedColormap([FAINT, HERE]), vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    t, y, x = query
+    if frame == t:
+        axes.plot([x], [y], marker="+", color=MARK, markersize=6, markeredgewidth=1.6)
     axes.set_xticks([])
     axes.set_yticks([])
