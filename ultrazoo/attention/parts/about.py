@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 from ...errors import Problem
@@ -23,10 +22,19 @@ def windows_for(length: int, wanted: int) -> int:
     """
     if wanted == 0 or wanted >= length:
         return 1
-    divisors = [n for n in range(1, length + 1) if length % n == 0]
-    misses = {n: max(Fraction(length, n * wanted), Fraction(n * wanted, length)) for n in divisors}
-    best = min(divisors, key=lambda n: (misses[n], n))
-    return best if misses[best] <= 2 else (2 * length + wanted) // (2 * wanted)
+    # products of whole numbers alone, which a compiler can follow
+    small, n = [], 1
+    while n * n <= length:
+        if length % n == 0:
+            small.append(n)
+        n += 1
+    # near / far is how near windows of length / best come to `wanted`
+    best, near, far = 1, wanted, length
+    for n in (*small, *(length // n for n in reversed(small))):
+        low, high = min(length, n * wanted), max(length, n * wanted)
+        if low * far > near * high:
+            best, near, far = n, low, high
+    return best if far <= 2 * near else (2 * length + wanted) // (2 * wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
