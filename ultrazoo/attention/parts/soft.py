@@ -43,8 +43,9 @@ def soft_topk(p: Tensor, valid: Tensor, wanted: float, tau: float) -> Tensor:
         shift = (low + high) / 2
         at = (x + shift).sigmoid()
         slope = (at * (1 - at) * some).sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    # one Newton step from where the halving ended carries the gradient of lambda
-    shift = shift - (((x + shift).sigmoid() * some).sum(-1, keepdim=True) - wanted) / slope
+    # the halving has no gradient: that of lambda is the one that keeps the row's sum
+    total = ((x + shift).sigmoid() * some).sum(-1, keepdim=True)
+    shift = shift - (total - total.detach()) / slope
     return torch.where(count <= wanted, torch.full_like(x, CERTAIN), x + shift)
 
 
