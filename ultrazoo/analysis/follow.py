@@ -93,7 +93,7 @@ class Follow:
         spent[at] |= todo
         found = None
         if len(asked) > FEW:
-            found = asking(spec, "reach", lambda: spec.reach(site, self.sets[at]))
+            found = asking(spec, "reach", lambda: spec.reach(site, todo))
         if found is None:
             self._by_rows(site, spec, at, todo, asked)
         else:

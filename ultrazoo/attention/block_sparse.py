@@ -29,7 +29,7 @@ from .parts.far import CoarseSpec, DropSpec, FarSpec
 from .parts.orders import ORDERS, ColumnsSpec, OrderSpec, Place, RasterSpec, TilesSpec
 from .parts.rules import TopKSpec, TopPSpec
 from .parts.scene import Scene
-from .parts.selectors import AllSpec, BandSpec, Bounds, PooledSpec, SelectorSpec, SinkSpec, UnionSpec
+from .parts.selectors import AllSpec, BandSpec, Bounds, PooledSpec, SelectorSpec, SinkSpec, UnionSpec, chunks_of
 from .parts.soft import SoftMap, soft_near
 
 
@@ -131,6 +131,19 @@ class BlockSparseSpec(AttentionSpec):
         seen[:, np.arange(len(wanted)), wanted] = True
         return seen
 
+    def reach(self, site: Site, tokens: np.ndarray) -> np.ndarray:
+        if self.selects or self.far.reads_all:
+            return np.broadcast_to(tokens.any(axis=1, keepdims=True), tokens.shape)
+        place = self.place(site.at(extra=()))
+        order = np.arange(site.tokens) if place.order is None else place.order
+        held = np.logical_or.reduceat(tokens[:, order], np.asarray(place.queries.starts[:-1]), axis=1)
+        rows = _map(self.selector, self.order, site.at(extra=(), layer=site.layer if self.selector.by_layer else 0))
+        keys = np.stack([np.bitwise_or.reduce(rows[one], axis=0) for one in held])
+        keys = np.unpackbits(keys, axis=1, count=place.keys.count).astype(bool)
+        seen = tokens.copy()
+        seen[:, order] |= np.repeat(keys, place.keys.sizes, axis=1)
+        return seen
+
     def traits(self) -> Traits:
         learned = self.far.learned or self.selector.parameters(Site(dim=8, heads=1, head_dim=8)) > 0
         exact = self.selector.keeps_all() and self.far.exact_with_all()
@@ -177,6 +190,14 @@ def _place(order: OrderSpec, grid: Grid, segments: tuple[Segment, ...]) -> Place
 @lru_cache(maxsize=256)
 def _bounds(selector: SelectorSpec, order: OrderSpec, site: Site) -> Bounds:
     return selector.bounds(_place(order, site.grid, site.extra), site)
+
+
+@lru_cache(maxsize=2)
+def _map(selector: SelectorSpec, order: OrderSpec, site: Site) -> np.ndarray:
+    """A static map of any head, packed: uint8 (query blocks, key blocks / 8); 19 MB for 12 240 blocks."""
+    place = _place(order, site.grid, site.extra)
+    chunks = chunks_of(place, site.heads)
+    return np.concatenate([np.packbits(selector.map(place, site, lo, hi).any(axis=0), axis=1) for lo, hi in chunks])
 
 
 def _examples(cls: type[BlockSparseSpec]) -> Iterator[tuple[AttentionSpec, Site]]:
