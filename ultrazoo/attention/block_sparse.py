@@ -223,7 +223,9 @@ class BlockSparseAttention(Attention):
     def forward(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = host.heads(*host.project(x, "qkv"), grid_positions(call.grid, x.device))  # (B, N, heads, D)
         assert q is not None and k is not None and v is not None
-        y, pattern = self._attend(x, q, k, v, call)
+        # autocast would take scores and sums to 16 bits
+        with torch.autocast(x.device.type, enabled=False):
+            y, pattern = self._attend(x, q, k, v, call)
         out = host.out(y.flatten(2))
         if call.extra is None:
             return out
@@ -243,7 +245,7 @@ class BlockSparseAttention(Attention):
         if not dense.numel():
             return rows
         found = attend_extra(replace(extra, q=extra.q.index_select(1, dense)), k, v, call.key_valid, "auto")
-        return rows.index_copy(1, dense, found)
+        return rows.index_copy(1, dense, found.to(rows.dtype))
 
     # lists of blocks are data: a compiler goes around them
     @torch.compiler.disable

@@ -238,10 +238,10 @@ class _Coarse(nn.Module):
         spread = found.to(near.dtype).repeat_interleave(sizes, dim=2, output_size=place.queries.tokens)
         if not self.spec.learned:
             return near + spread
-        gate = self.gate(scene.x)
+        gate = self.gate(scene.x.to(self.gate.weight.dtype))
         if place.order is not None:
             gate = gate.index_select(1, torch.as_tensor(place.order, device=gate.device))
         gate = gate.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.spec.gate == "sigmoid":
             gate = gate.sigmoid()
-        return near + gate * spread
+        return (near + gate * spread).to(near.dtype)
