@@ -39,6 +39,9 @@ class RollingSpec(AttentionSpec):
 
     name: ClassVar[str] = "longvideo/rolling"
     source: ClassVar[str] = "CausVid, arXiv 2412.07772; Self Forcing, arXiv 2506.08009; LongLive, arXiv 2509.22622"
+    formula: ClassVar[str] = (
+        "y_i = W_o sum_{j in the first frames and the last ones up to i's chunk} softmax(q_i k_j / sqrt(D)) v_j"
+    )
 
     chunk: int = option(3, "frames that are made together and see each other", ge=1)
     window: int = option(6, "frames before its chunk that a frame sees", ge=0)
