@@ -162,6 +162,7 @@ def test_plot_of_plans(capsys, place):
     assert (place / "one.png").read_bytes().startswith(b"\x89PNG")
     for wrong in ("plans.pdf", "plans", "tiny.yaml/x.png"):
         assert here(capsys, "plan", "tiny.yaml", "--plot", wrong).code == 2
+    assert "--force overwrites the file of --plot" in here(capsys, "plan", "tiny.yaml", "--force").err
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def _one(plan: Plan, json: bool, layers: bool, coverage: bool) -> None:
 def _form(plot: Path | None, force: bool) -> str:
     """The form of a picture, from the name of its file; known before anything is computed."""
     if plot is None:
+        if force:
+            raise UsageError("--force overwrites the file of --plot, and there is none")
         return ""
     form = plot.suffix.removeprefix(".").casefold()
     if form not in ("png", "svg"):
