@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import ultrazoo
 from tests.attention.raw import block_of, given, noise
 from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.parts.far import CoarseSpec
@@ -54,3 +55,14 @@ def test_a_gate_works_under_autocast() -> None:
         y = given(spec, q, k, v, module)
     assert bool(y.isfinite().all())
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["full", "block_sparse"])
+def test_norms_in_fp32_meet_projections_in_16_bits(name: str) -> None:
+    """Autocast leaves q and k as their norm makes them and v as the projection does: attention runs all the same."""
+    module = ultrazoo.create_attention(name, dim=32, heads=2, qk_norm="rms")
+    x = noise(0, 1, 60, 32).float()
+    plain = module(x, (3, 4, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x, (3, 4, 5))
+    assert 1e-4 < error_ratio(y, plain) < 0.05

@@ -223,7 +223,9 @@ class BlockSparseAttention(Attention):
     def forward(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = host.heads(*host.project(x, "qkv"), grid_positions(call.grid, x.device))  # (B, N, heads, D)
         assert q is not None and k is not None and v is not None
-        # autocast would take scores and sums to 16 bits
+        # autocast leaves norms in fp32 and projections in 16 bits, and would take scores and sums to 16 bits
+        if torch.is_autocast_enabled(x.device.type) and not q.dtype == k.dtype == v.dtype:
+            q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
             y, pattern = self._attend(x, q, k, v, call)
         out = host.out(y.flatten(2))

@@ -119,6 +119,9 @@ class KernelSpec(Spec):
             found.append(f"runs on {'/'.join(cls.devices)}, inputs are on {inputs.q.device.type}")
         if inputs.q.dtype not in cls.dtypes:
             found.append(f"does not take {str(inputs.q.dtype).removeprefix('torch.')}")
+        if not inputs.q.dtype == inputs.k.dtype == inputs.v.dtype:
+            kinds = ", ".join(str(z.dtype).removeprefix("torch.") for z in (inputs.q, inputs.k, inputs.v))
+            found.append(f"needs q, k and v of one dtype, they are {kinds}")
         low, high = cls.head_dims
         if not low <= inputs.q.shape[-1] <= high:
             found.append(f"head size {inputs.q.shape[-1]} is outside {low}-{high}")
@@ -191,6 +194,9 @@ def attend(
 
     Raises KernelError with every candidate's reasons when nothing can run, or when a forced kernel cannot.
     """
+    if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
+        # autocast leaves norms in fp32 and projections in 16 bits, and takes attention for a matmul
+        q, k, v = (z.to(torch.get_autocast_dtype(q.device.type)) for z in (q, k, v))
     inputs = Inputs(q, k, v, key_mask, bias, log_weight, block_map, scale, return_lse, threshold)
     name, spec = _choose(inputs, kernel)
     if not _tracing():
