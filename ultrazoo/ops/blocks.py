@@ -46,6 +46,11 @@ class Blocks:
         """These blocks and then the other ones."""
         return Blocks(self.starts[:-1] + tuple(self.tokens + start for start in other.starts))
 
+    def between(self, lo: int, hi: int) -> Blocks:
+        """Blocks lo..hi, their first token being 0."""
+        first = self.starts[lo]
+        return Blocks(tuple(start - first for start in self.starts[lo : hi + 1]))
+
 
 def even_blocks(tokens: int, size: int) -> Blocks:
     """Blocks of `size` tokens and a shorter last one."""

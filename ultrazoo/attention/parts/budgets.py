@@ -17,15 +17,22 @@ from .scene import Rows, Scene
 from .selectors import Bounds, SelectorSpec
 
 
-def in_ranges(key: str, index: int) -> bool:
-    """Is `index` in a list of ranges such as ``0-9`` or ``0,4-6``? Raises ValueError for anything else."""
-    found = False
+def ranges_of(key: str) -> list[range]:
+    """Steps of a list of ranges such as ``0-9`` or ``0,4-6``; raises ValueError for anything else."""
+    found = []
     for part in key.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ValueError(f"{part.strip()!r} is not a number or a range")
-        found |= int(first) <= index <= int(last if dash else first)
+        if dash and int(last) < int(first):
+            raise ValueError(f"{part.strip()!r} runs backwards")
+        found.append(range(int(first), int(last if dash else first) + 1))
     return found
+
+
+def in_ranges(key: str, index: int) -> bool:
+    """Is `index` in a list of ranges? Raises ValueError for what is no such list."""
+    return any(index in one for one in ranges_of(key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +65,28 @@ class BudgetSpec(SelectorSpec):
         if self.heads is not None and len(self.heads) != site.heads:
             rule = f"{len(self.heads)} shares for {site.heads} heads"
             found.append(Problem("heads", rule, "give one per head"))
-        for key in self.steps or {}:
-            try:
-                in_ranges(key, 0)
-            except ValueError as error:
-                found.append(Problem(f"steps.{key}", str(error), "write 0-9 or 0,4-6"))
+        found += self._step_problems()
         if not getattr(getattr(self.of, "rule", None), "name", "").startswith("topk"):
             found.append(Problem("of", "has no kept share", "give a pooled selector with rule topk"))
+        return found
+
+    def _step_problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        taken: list[tuple[range, str]] = []
+        for key in self.steps or {}:
+            try:
+                spans = ranges_of(key)
+            except ValueError as error:
+                found.append(Problem(f"steps.{key}", str(error), "write 0-9 or 0,4-6"))
+                continue
+            for span in spans:
+                twice = [
+                    (max(span[0], one[0]), other) for one, other in taken if span[0] <= one[-1] and one[0] <= span[-1]
+                ]
+                if twice:
+                    step, other = twice[0]
+                    found.append(Problem(f"steps.{key}", f"step {step} is in {other!r} too", "name every step once"))
+                taken.append((span, key))
         return found
 
     def place_problems(self, place: Place, site: Site) -> list[Problem]:
@@ -131,8 +153,9 @@ def dense_rows(scene: Scene) -> Rows:
 class CachedSpec(SelectorSpec):
     """The inner selector's map, made anew every few steps and used again in between (DFSAttn, arXiv 2605.23445).
 
-    Kept in the call's state, one per layer and guidance branch, as packed bits. Without state or step the map is made in
-    each call.
+    Kept in the call's state, one per selector, layer and guidance branch, as packed bits; made anew as well where the grid,
+    the extra tokens or the batch are others, or the step is an earlier one. Without state or step the map is made in each
+    call.
     """
 
     name: ClassVar[str] = "cached"
@@ -179,6 +202,7 @@ class _Kept:
     """Rows of a map as packed bits, with what they were made for."""
 
     made_for: Any
+    step: int
     rows: dict[tuple[int, int], tuple[np.ndarray, tuple[int, ...]]]
 
 
@@ -191,12 +215,14 @@ class _Cached(nn.Module):
         fresh: Rows = self.of(scene)
         if scene.state is None or scene.step is None:
             return fresh
-        place = scene.place
-        made_for = (scene.step[0] // self.spec.every, place.grid, place.queries.tokens, scene.q.shape[:2])
-        key = ("selector", scene.layer, scene.branch)
+        place, step = scene.place, scene.step[0]
+        made_for = (step // self.spec.every, place.grid, place.queries, place.keys, place.selectable, scene.q.shape[:2])
+        # head groups and united selectors of one layer share its state: each keeps its own map
+        key = ("selector", scene.layer, scene.branch, id(self))
         kept = scene.state.get(key)
-        if kept is None or kept.made_for != made_for:
-            kept = scene.state[key] = _Kept(made_for, {})
+        if kept is None or kept.made_for != made_for or step < kept.step:
+            kept = scene.state[key] = _Kept(made_for, step, {})
+        kept.step = step
         held: _Kept = kept
 
         def rows(lo: int, hi: int) -> Tensor:

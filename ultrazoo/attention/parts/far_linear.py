@@ -25,7 +25,7 @@ from .orders import Place
 from .rules import kept, largest
 from .scene import Scene
 from .soft import SoftMap
-from .states import in_blocks, part, state_steps
+from .states import in_blocks, state_steps
 
 ROWS = 64
 """Fewest query blocks whose states are held at a time; the states of key blocks are made once for each such group."""
@@ -131,7 +131,7 @@ class _Linear(nn.Module):
                     state, weight = total
                     return self._read(q, state, weight)
                 state, weight = self._left(scene, k, v, centre, block_map, lo, hi)
-                some = part(blocks, lo, hi)
+                some = blocks.between(lo, hi)
                 return unpadded(self._read(padded(q, some), state, weight), some)
 
             given = (scene.q[:, :, tokens], scene.k, scene.v)
@@ -159,7 +159,7 @@ class _Linear(nn.Module):
         keys = k[:, :, tokens].to(torch.promote_types(k.dtype, torch.float32))
         features = self.phi(keys if centre is None else keys - centre)
         valid = None if scene.key_valid is None else scene.key_valid[:, tokens]
-        some = part(blocks, lo, hi)
+        some = blocks.between(lo, hi)
         return in_blocks(features, some, 0, some.count, valid)
 
     def _state(

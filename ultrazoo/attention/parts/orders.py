@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import prod
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -20,8 +22,9 @@ class Place:
     """Where tokens stand: `order` permutes the grid's tokens (None: as they are), `queries` and `keys` are their blocks.
 
     Blocks of the grid come first, then those of extra tokens: `selectable` key blocks may be selected, the ones after them
-    are seen by all. `tile` and `tiles` (per axis) where blocks are tiles of the grid. `query_rows` and `key_rows` are the
-    extra tokens behind the grid's, in order.
+    are seen by all. `whole` is how many tokens a block of the grid's queries, of its keys and of extra tokens has that no
+    border cuts. `tile` and `tiles` (per axis) where blocks are tiles of the grid. `query_rows` and `key_rows` are the extra
+    tokens behind the grid's, in order.
     """
 
     grid: Grid
@@ -31,6 +34,7 @@ class Place:
     grid_queries: int
     grid_keys: int
     selectable: int
+    whole: tuple[int, int, int]
     tile: tuple[int, int, int] | None = None
     tiles: tuple[int, int, int] | None = None
     query_rows: tuple[int, ...] = ()
@@ -46,23 +50,20 @@ class Place:
         queries, keys, selectable = self.queries, self.keys, self.selectable
         query_rows: list[int] = []
         key_rows: list[int] = []
-        spans = {}
-        at = 0
-        for segment in segments:
-            spans[segment] = range(at, at + segment.length)
-            at += segment.length
+        ends = list(accumulate(segment.length for segment in segments))
+        spans = [(one, range(end - one.length, end)) for one, end in zip(segments, ends, strict=True) if one.length]
         for policy in ("compete", "always"):
-            for segment in segments:
-                if segment.keys != policy or not segment.length:
+            for segment, span in spans:
+                if segment.keys != policy:
                     continue
                 more = even_blocks(segment.length, block)
                 keys = keys.then(more)
-                key_rows += spans[segment]
+                key_rows += span
                 selectable += more.count if policy == "compete" else 0
-        for segment in segments:
-            if segment.rows == "pattern" and segment.length:
+        for segment, span in spans:
+            if segment.rows == "pattern":
                 queries = queries.then(even_blocks(segment.length, block))
-                query_rows += spans[segment]
+                query_rows += span
         return replace(
             self,
             queries=queries,
@@ -90,7 +91,9 @@ class OrderSpec(Options):
 class _Runs(OrderSpec):
     """Blocks of consecutive tokens in some order."""
 
-    block: int | tuple[int, ...] = option(128, "tokens per block, or (of queries, of keys)", ge=1)
+    block: int | tuple[int, ...] = option(
+        128, "tokens per block, or (of queries, of keys); extra tokens: of keys", ge=1
+    )
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -110,7 +113,8 @@ class _Runs(OrderSpec):
 
     def place(self, grid: Grid) -> Place:
         queries, keys = (even_blocks(grid.tokens, size) for size in self.sizes)
-        return Place(grid, self.permutation(grid), queries, keys, queries.count, keys.count, keys.count)
+        whole = (*self.sizes, self.segment_block)
+        return Place(grid, self.permutation(grid), queries, keys, queries.count, keys.count, keys.count, whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,7 @@ class TilesSpec(OrderSpec):
 
     name: ClassVar[str] = "tiles"
 
-    tile: tuple[int, ...] = option((4, 4, 4), "tokens (T, H, W) per tile", ge=1)
+    tile: tuple[int, ...] = option((4, 4, 4), "tokens (T, H, W) per tile; extra tokens: as many per block", ge=1)
     image_tile: tuple[int, ...] | None = option(None, "the same at T = 1; None: `tile`, cut to one frame", ge=1)
 
     def problems(self, site: Site) -> list[Problem]:
@@ -166,13 +170,15 @@ class TilesSpec(OrderSpec):
 
     @property
     def segment_block(self) -> int:
-        return self.tile[0] * self.tile[1] * self.tile[2]
+        return prod(self.tile)
 
     def place(self, grid: Grid) -> Place:
         tile = self.tile_of(grid)
         order, blocks = orders.tiles(grid, tile)
         counts = orders.tile_counts(grid, tile)
-        return Place(grid, order, blocks, blocks, blocks.count, blocks.count, blocks.count, tile=tile, tiles=counts)
+        size, count = prod(tile), blocks.count
+        whole = (size, size, self.segment_block)
+        return Place(grid, order, blocks, blocks, count, count, count, whole, tile=tile, tiles=counts)
 
 
 ORDERS: Mapping[str, type[OrderSpec]] = {

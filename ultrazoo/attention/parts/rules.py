@@ -46,8 +46,12 @@ def kept(share: float, blocks: int, multiple: int = 1, least: int = 1, down: boo
     A share that is whole but for rounding is whole.
     """
     count = math.floor(share * blocks + 1e-9) if down else math.ceil(share * blocks - 1e-9)
-    count = -(-count // multiple) * multiple
-    return min(blocks, max(count, least))
+    return rounded(count, blocks, multiple, least)
+
+
+def rounded(count: int, blocks: int, multiple: int = 1, least: int = 1) -> int:
+    """A number of blocks up to a multiple, at least `least`, at most all."""
+    return min(blocks, max(-(-count // multiple) * multiple, least))
 
 
 def largest(scores: Tensor, count: int | Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class TopKSpec(RuleSpec):
         if keep is not None:
             return kept(keep, blocks, self.multiple, self.least, self.rounding == "down")
         if self.count is not None:
-            return min(self.count, blocks)
+            return rounded(self.count, blocks, self.multiple, self.least)
         assert self.share is not None
         return kept(self.share, blocks, self.multiple, self.least, self.rounding == "down")
 
@@ -124,6 +128,9 @@ class TopKSpec(RuleSpec):
 
 def _smallest_mass(scores: Tensor, mass: float) -> Tensor:
     """Bool: the fewest blocks whose softmax over the last dimension reaches `mass`; ties by the lower index."""
+    if mass >= 1:
+        # every block has some mass, however little of it a float holds
+        return torch.ones_like(scores, dtype=torch.bool)
     weights = scores.softmax(-1)
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
@@ -146,12 +153,15 @@ class TopPSpec(RuleSpec):
     def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
         fewest = kept(self.floor, blocks)
         if self.p == 1:
-            return fewest, blocks, blocks
+            return blocks, blocks, blocks
         return fewest, max(fewest, self.expected * blocks), blocks
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
         found = _smallest_mass(scores, self.p)
         return found | largest(scores, kept(self.floor, scores.shape[-1])) if self.floor else found
+
+    def keeps_all(self) -> bool:
+        return self.p == 1 or self.floor == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +175,8 @@ class TopKOrPSpec(RuleSpec):
     expected: float = option(0.05, "kept share that a plan assumes; the data decides", gt=0, le=1)
 
     def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+        if self.p == 1:
+            return blocks, blocks, blocks
         fewest = kept(self.share if keep is None else keep, blocks)
         return fewest, max(fewest, self.expected * blocks), blocks
 
@@ -173,7 +185,7 @@ class TopKOrPSpec(RuleSpec):
         return top.choose(scores, scene, lo) | _smallest_mass(scores, self.p)
 
     def keeps_all(self) -> bool:
-        return self.share == 1
+        return self.share == 1 or self.p == 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.blocks import block_counts, block_means, block_sums, block_valid, padded
+from ...ops.blocks import Blocks, block_counts, block_means, block_sums, block_valid, padded
 from .orders import Place
 
 Rows = Callable[[int, int], Tensor]
@@ -83,25 +83,38 @@ class Scene:
         return other
 
     def runs(self, which: str, parts: int) -> tuple[Tensor, Tensor]:
-        """Means of `parts` equal runs of every block of ``"q"`` or ``"k"``: (B, heads, blocks, parts, D), fp32 or wider,
-        and which hold a token, bool (B | 1, 1, blocks, parts)."""
-        blocks = self.place.queries if which == "q" else self.place.keys
-        z = self.q if which == "q" else self.k
-        valid = self.query_valid if which == "q" else self.key_valid
+        """Means of `parts` runs of every block of ``"q"`` or ``"k"``: (B, heads, blocks, parts, D), fp32 or wider, and which
+        hold a token, bool (B | 1, 1, blocks, parts). Runs are as long as in a block that no border cuts."""
+        of_queries, place = which == "q", self.place
+        blocks, valid = (place.queries, self.query_valid) if of_queries else (place.keys, self.key_valid)
+        z = self.q if of_queries else self.k
         if parts == 1:
-            means = self.q_means if which == "q" else self.k_means
+            means = self.q_means if of_queries else self.k_means
             some = torch.ones(1, 1, blocks.count, 1, dtype=torch.bool, device=z.device)
             if valid is not None:
-                some = self.counts > 0 if which == "k" else block_counts(blocks, z.device, valid) > 0
+                some = block_counts(blocks, z.device, valid) > 0 if of_queries else self.counts > 0
             return means.unsqueeze(3), some
-        run = -(-blocks.largest // parts)
-        real = block_valid(blocks, z.device)
-        real = z.new_ones(1, blocks.largest, dtype=torch.bool) if real is None else real
-        real = real.expand(blocks.count, -1)[None, None]
-        if valid is not None:
-            real = real & padded(valid[:, None, :], blocks)
-        wide = padded(z.to(torch.promote_types(z.dtype, torch.float32)), blocks) * real[..., None]
-        lack = run * parts - blocks.largest
-        wide = torch.nn.functional.pad(wide, (0, 0, 0, lack)).unflatten(3, (parts, run)).sum(4)
-        counts = torch.nn.functional.pad(real, (0, lack)).unflatten(3, (parts, run)).sum(4)
-        return wide / counts.clamp(min=1)[..., None], counts > 0
+        first = place.grid_queries if of_queries else place.grid_keys
+        found = []
+        for lo, hi, whole in ((0, first, place.whole[0 if of_queries else 1]), (first, blocks.count, place.whole[2])):
+            if lo < hi:
+                tokens = slice(blocks.starts[lo], blocks.starts[hi])
+                some_valid = None if valid is None else valid[:, tokens]
+                found.append(run_means(z[:, :, tokens], blocks.between(lo, hi), -(-whole // parts), parts, some_valid))
+        means, counts = (torch.cat(made, dim=2) for made in zip(*found, strict=True))
+        return means, counts > 0
+
+
+def run_means(z: Tensor, blocks: Blocks, run: int, parts: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means of the first `parts` runs of `run` tokens of every block, and how many tokens are in them: (B, heads, N, D) →
+    (B, heads, blocks, parts, D) and (B | 1, 1, blocks, parts). A block has no more tokens than that."""
+    slots = block_valid(blocks, z.device)
+    real = torch.ones(blocks.count, blocks.largest, dtype=torch.bool, device=z.device) if slots is None else slots
+    real = real[None, None]
+    if valid is not None:
+        real = real & padded(valid[:, None, :], blocks)
+    wide = padded(z.to(torch.promote_types(z.dtype, torch.float32)), blocks) * real[..., None]
+    lack = run * parts - blocks.largest
+    sums = torch.nn.functional.pad(wide, (0, 0, 0, lack)).unflatten(3, (parts, run)).sum(4)
+    counts = torch.nn.functional.pad(real, (0, lack)).unflatten(3, (parts, run)).sum(4)
+    return sums / counts.clamp(min=1)[..., None], counts

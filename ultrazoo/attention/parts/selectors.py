@@ -118,7 +118,8 @@ class _Static(nn.Module):
         place, site = scene.place, self.site.at(grid=scene.place.grid)
 
         def rows(lo: int, hi: int) -> Tensor:
-            found = torch.from_numpy(np.ascontiguousarray(self.spec.map(place, site, lo, hi)))
+            # a copy: maps may be views that nobody may write to
+            found = torch.from_numpy(np.array(self.spec.map(place, site, lo, hi)))
             return found.unsqueeze(0).to(scene.q.device)
 
         return rows
@@ -186,7 +187,7 @@ class PooledSpec(SelectorSpec):
     """Scores of block means, and a rule for how many to keep.
 
     The score of a block pair is ``logsumexp over runs a, c of s · q̄_a · k̄_c`` (plain ``s · q̄ · k̄`` with one run), in fp32.
-    `key_bias`: the log of the variance of a block's keys, or of ``||sum_r (k_r - k̄)^T v_r||`` (PISA). Learned projections
+    `key_bias`: the log of the variance of a block's keys (at least 1e-12), or of ``||sum_r (k_r - k̄)^T v_r||`` (PISA). Learned projections
     train where the rule is soft; a hard choice gives them no gradient, so they are frozen there.
     """
 
@@ -195,7 +196,7 @@ class PooledSpec(SelectorSpec):
     rule: RuleSpec = option(TopKSpec(), "how many blocks are kept", choices=RULES)
     runs: tuple[int, ...] = option((1, 1), "runs that a query block and a key block are cut into", ge=1)
     key_bias: Literal["none", "log_variance", "log_norm"] = option("none", "added to the score of a key block")
-    centre: bool = option(False, "subtract the mean of all keys first")
+    centre: bool = option(False, "subtract the mean of all selectable keys first")
     project: bool = option(False, "learned projections of block means, identity at the start")
 
     def problems(self, site: Site) -> list[Problem]:

@@ -16,18 +16,12 @@ STATE_BYTES = {"cpu": 1 << 23}
 STATE_BYTES_ELSEWHERE = 1 << 28
 
 
-def part(blocks: Blocks, lo: int, hi: int) -> Blocks:
-    """Blocks lo..hi, their first token being 0."""
-    first = blocks.starts[lo]
-    return Blocks(tuple(start - first for start in blocks.starts[lo : hi + 1]))
-
-
 def in_blocks(z: Tensor, blocks: Blocks, lo: int, hi: int, valid: Tensor | None = None) -> Tensor:
     """Tokens of blocks lo..hi, zeros where there is none or it is not valid: (B, heads, N, D) → (B, heads, hi - lo, largest, D).
 
     fp32 or wider; valid (B, N).
     """
-    tokens, some = slice(blocks.starts[lo], blocks.starts[hi]), part(blocks, lo, hi)
+    tokens, some = slice(blocks.starts[lo], blocks.starts[hi]), blocks.between(lo, hi)
     wide = z[:, :, tokens].to(torch.promote_types(z.dtype, torch.float32))
     if valid is not None:
         wide = wide * valid[:, None, tokens, None]
