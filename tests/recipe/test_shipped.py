@@ -88,7 +88,13 @@ SMALLER = {
 # at three latent frames a window over chunks of frames holds everything, and what lies beyond it takes no part
 LONGER = {"delta_tiny": ["video.grid=[7, 4, 5]"], "delta_wan_480p": ["video.grid=[13, 4, 5]"]}
 # a published table of windows belongs to one grid: the small build takes the rule for other sizes
-FITTING = {name: ["attention.*.table=auto"] for name in ("t3_4k_wan_1_3b", "t3_4k_wan_5b")}
+FITTING = {
+    # sizes that fit frames of 90 tokens, and a factor that is a threshold of the same 0.33 at 270 tokens
+    "radial_wan_14b_768p": ["attention.*.block=32", "attention.*.width=32"],
+    "skip_softmax_wan_14b_720p": ["attention.*.scale_factor=90"],
+    "t3_4k_wan_1_3b": ["attention.*.table=auto"],
+    "t3_4k_wan_5b": ["attention.*.table=auto"],
+}
 
 # where a recipe names layers by number, they stay
 DEEPER = {"kv_compress_1024": ["backbone.layers=28"]}
