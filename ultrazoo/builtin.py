@@ -57,6 +57,12 @@ TABLE: tuple[Row, ...] = (
     _attention("monarch", "monarch:MonarchSpec", "a factor along rows, one across them (MonarchRT)", "needs tuning"),
     _attention("delta", "delta:DeltaSpec", "window softmax, delta-rule state beyond it (VDN)", "needs tuning", "vdn"),
     _attention("block_sparse", "block_sparse:BlockSparseSpec", "selected key blocks per query block", "training-free"),
+    _attention(
+        "neighborhood", "neighborhood:NeighborhoodSpec", "a box of keys per query", "training-free", "GNA", "natten"
+    ),
+    _attention("sliding_tile", "sliding_tile:SlidingTileSpec", "tiles around each tile", "needs tuning", "STA"),
+    _attention("freeswim", "freeswim:FreeswimSpec", "a sliding window of the trained size", "training-free"),
+    _attention("atlasvid", "atlasvid:AtlasvidSpec", "windows beside an aligned proxy", "needs tuning"),
     _attention("radial", "radial:RadialSpec", "bands between frames that thin with distance", "training-free"),
     _attention("divided", "divided:DividedSpec", "over time, then inside each frame (TimeSformer)", "needs tuning"),
     _attention("video_sparse", "video_sparse:VideoSparseSpec", "top-k tiles, gated coarse", "needs tuning", "VSA"),

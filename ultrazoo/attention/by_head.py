@@ -122,6 +122,7 @@ class ByHeadSpec(AttentionSpec):
             out_flops=2 * site.tokens * site.inner * site.dim,
             other_flops=sum(cost.other_flops for _, _, cost in costs),
             parameters=sum(cost.parameters for _, _, cost in costs),
+            visited_pairs=average("visited_pairs"),
             pairs_min=average("pairs_min"),
             pairs_max=average("pairs_max"),
             peak_elements=max(cost.peak_elements for _, _, cost in costs) + site.tokens * site.inner,

@@ -45,6 +45,27 @@ def mean_cells(x: Tensor, cell: Cell, ragged: Ragged = "exact", traced: bool = F
     return cells(x, cell, ragged, traced).mean(dim=(2, 4, 6))
 
 
+def true_means(x: Tensor, cell: Cell, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The mean of the tokens that each cell has, a partial cell fewer, and how many: (B, T, H, W, C) → (B, t, h, w, C), sums in
+    fp32 or wider, and (B | 1, t, h, w). `valid` (B, T, H, W) is False for tokens that do not count; a cell of none is zero."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    real = torch.ones(1, *x.shape[1:4], dtype=torch.bool, device=x.device) if valid is None else valid
+    if valid is not None:
+        x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
+    counts = _cell_sums(real.unsqueeze(-1), cell, wide)
+    means = _cell_sums(x, cell, wide) / counts.clamp(min=1)
+    return means.to(x.dtype), counts.squeeze(-1)
+
+
+def _cell_sums(x: Tensor, cell: Cell, dtype: torch.dtype) -> Tensor:
+    """(B, T, H, W, C) → (B, t, h, w, C); what lies beyond the grid counts as zero."""
+    over = [-length % factor for length, factor in zip(x.shape[1:4], cell, strict=True)]
+    if any(over):
+        x = F.pad(x, (0, 0, 0, over[2], 0, over[1], 0, over[0]))
+    x = x.unflatten(3, (-1, cell[2])).unflatten(2, (-1, cell[1])).unflatten(1, (-1, cell[0]))
+    return x.sum(dim=(2, 4, 6), dtype=dtype)
+
+
 def first_of_cells(x: Tensor, cell: Cell, ragged: Ragged = "exact", traced: bool = False) -> Tensor:
     """The first token of each cell: (B, T, H, W, C) → (B, t, h, w, C)."""
     if traced:
