@@ -12,7 +12,9 @@ from .masked import masked, product_mask
 
 
 def shifted(length: int, reach: int) -> list[list[int]]:
-    """``2*reach + 1`` neighbours of every token; at a border the window moves inwards."""
+    """``2*reach + 1`` neighbours of every token; at a border the window moves inwards. A shorter axis is seen whole."""
+    if length < 2 * reach + 1:
+        return [list(range(length))] * length
     rows = []
     for token in range(length):
         start = min(max(token - reach, 0), length - (2 * reach + 1))

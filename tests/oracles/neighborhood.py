@@ -34,13 +34,16 @@ def three(value: Any, time: Any) -> list[Any]:
 
 def axis_keys(grid: tuple[int, int, int], options: dict[str, Any]) -> list[list[list[int]]]:
     """Per axis and token, its keys."""
-    kernels = [n if k == "full" else k for k, n in zip(three(options["kernel_size"], "full"), grid, strict=True)]
-    strides, dilations = three(options["stride"], 1), three(options["dilation"], 1)
-    causal = [options["causal"], False, False]
-    return [
-        [keys_of(p, n, k, s, d, c) for p in range(n)]
-        for n, k, s, d, c in zip(grid, kernels, strides, dilations, causal, strict=True)
-    ]
+    rules = zip(
+        three(options["kernel_size"], "full"), three(options["stride"], 1), three(options["dilation"], 1), strict=True
+    )
+    axes = []
+    for axis, (length, (kernel, stride, dilation)) in enumerate(zip(grid, rules, strict=True)):
+        causal = options["causal"] and axis == 0
+        if kernel == "full" or (options["short"] == "whole" and kernel * dilation > length):
+            kernel, stride, dilation = length, 1, 1
+        axes.append([keys_of(p, length, kernel, stride, dilation, causal) for p in range(length)])
+    return axes
 
 
 def neighborhood(case: Case) -> Tensor | tuple[Tensor, Tensor]:

@@ -2,9 +2,11 @@
 
 A named composition of `neighborhood`: ``kernel_size = (full, 2 dh + 1, 2 dw + 1)`` with (dh, dw) half the training grid, so that
 every query sees what the model saw in training, and scores times ``sqrt(log_n(2 n) / D)`` with n the tokens of a training frame
-(30 x 52 in the published code). It is the window path of the source. Its second path, full attention on refresh steps whose
-cross-attention output replaces the window path's, belongs to a pipeline and is not here; a recipe's `steps` can give some steps
-full attention. Training-free, as a second pass over an upsampled base video (strength 0.7, flow shift 9).
+(30 x 52 in the published code). An axis shorter than the window is seen whole, as in training.
+
+This is the window path of the source. Its second path, full attention on refresh steps whose cross-attention output replaces the
+window path's, belongs to a pipeline and is not here; a recipe's `steps` can give some steps full attention. Training-free, as a
+second pass over an upsampled base video (strength 0.7, flow shift 9).
 """
 
 from __future__ import annotations
@@ -40,21 +42,12 @@ class FreeswimSpec(AttentionSpec):
         return 2 * (self.trained[0] // 2) + 1, 2 * (self.trained[1] // 2) + 1
 
     def problems(self, site: Site) -> list[Problem]:
-        found = kernel_problems(self.kernel)
-        for axis, window, length in zip("hw", self.window, site.grid[1:], strict=True):
-            if window > length:
-                rule = f"the window of {window} is larger than the {length} tokens along {axis}"
-                most = (length - 1) // 2 * 2 + 1
-                fix = f"at this size use full attention, or trained of at most {most} along {axis}"
-                found.append(Problem("trained", rule, fix))
-        return found
+        return kernel_problems(self.kernel)
 
     def expand(self, site: Site) -> AttentionSpec:
-        if self.problems(site):
-            return self
         tokens = self.trained[0] * self.trained[1]
         scale = math.sqrt(math.log(2 * tokens, tokens) / site.head_dim) if self.scaled else None
-        return NeighborhoodSpec(kernel_size=("full", *self.window), scale=scale, kernel=self.kernel)
+        return NeighborhoodSpec(kernel_size=("full", *self.window), short="whole", scale=scale, kernel=self.kernel)
 
     def traits(self) -> Traits:
         inner = NeighborhoodSpec(kernel_size=3).traits()
@@ -67,4 +60,5 @@ class FreeswimSpec(AttentionSpec):
         return [
             (cls(trained=(2, 5)), site),
             (cls(trained=(3, 2), scaled=False), site.at(grid=Grid(1, 4, 5), has_timestep=False)),
+            (cls(trained=(4, 3)), site.at(grid=Grid(2, 4, 5), rope=None)),
         ]

@@ -9,7 +9,7 @@ at most k back from the last frame of the group. Extra keys are seen by all, in 
 Where we depart:
 
 1. k = 1 works on any axis (NATTEN wants at least 2), so images and single frames are settings, not another function.
-2. ``full`` is a kernel too: the whole axis, at every size.
+2. ``full`` is a kernel too: the whole axis, at every size; ``short: whole`` makes it so where an axis is too short.
 3. Nothing is padded to tiles: tiles are chosen for the grid (`ops.boxes`), borders get their own.
 
 Windows of w tokens without overlap are (w, s = w), a sliding window of m tiles of n tokens (STA, m odd) is (m * n, s = n),
@@ -45,13 +45,20 @@ class NeighborhoodSpec(ViewsSpec):
     stride: int | tuple[int, ...] = option(1, "neighbouring queries that share a window; at most the kernel", ge=1)
     dilation: int | tuple[int, ...] = option(1, "distance between neighbouring keys", ge=1)
     causal: bool = option(False, "along time: no key after the query")
+    short: Literal["refuse", "whole"] = option(
+        "refuse", "an axis with fewer tokens than the kernel spans: a problem, or seen whole"
+    )
     scale: float | None = option(None, "what scores are multiplied by; None: D**-0.5", gt=0)
     kernel: str = option("auto", "a registered kernel, or auto")
 
-    def axes(self) -> list[tuple[Size, int, int]]:
-        """Kernel, stride and dilation of (T, H, W)."""
+    def axes(self, grid: Grid) -> list[tuple[Size, int, int]]:
+        """Kernel, stride and dilation of (T, H, W) at a grid."""
         kernels, strides, dilations = spread(self.kernel_size, "full"), spread(self.stride, 1), spread(self.dilation, 1)
-        return list(zip(kernels, strides, dilations, strict=True))
+        found: list[tuple[Size, int, int]] = []
+        for length, kernel, stride, dilation in zip(grid, kernels, strides, dilations, strict=True):
+            short = self.short == "whole" and kernel != "full" and kernel * dilation > length
+            found.append(("full", 1, 1) if short else (kernel, stride, dilation))
+        return found
 
     def problems(self, site: Site) -> list[Problem]:
         found = kernel_problems(self.kernel)
@@ -63,14 +70,14 @@ class NeighborhoodSpec(ViewsSpec):
                 )
         if found:
             return found
-        for axis, length, (kernel, stride, dilation) in zip(AXES, site.grid, self.axes(), strict=True):
+        for axis, length, (kernel, stride, dilation) in zip(AXES, site.grid, self.axes(site.grid), strict=True):
             found += axis_problems(axis, length, kernel, stride, dilation)
         return found
 
     def groups(self, grid: Grid, heads: int) -> tuple[Group, ...]:
         t, h, w = (
             axis_view(length, *options, self.causal and axis == "t")
-            for axis, length, options in zip(AXES, grid, self.axes(), strict=True)
+            for axis, length, options in zip(AXES, grid, self.axes(grid), strict=True)
         )
         return (Group("window", None, (t, h, w)),)
 
@@ -78,7 +85,8 @@ class NeighborhoodSpec(ViewsSpec):
         return self.scale
 
     def traits(self) -> Traits:
-        exact = all(kernel == "full" for kernel, _, _ in self.axes()) and not self.causal and self.scale is None
+        full = all(kernel == "full" for kernel in spread(self.kernel_size, "full"))
+        exact = full and not self.causal and self.scale is None
         start = (
             Start("exact", "computes full attention")
             if exact
@@ -96,7 +104,10 @@ class NeighborhoodSpec(ViewsSpec):
                 site.at(grid=Grid(5, 5, 7)),
             ),
             (cls(kernel_size=(1, "full", 3), scale=0.5), site.at(grid=Grid(2, 4, 5), rope=None)),
-            (cls(kernel_size=3), site.at(grid=Grid(1, 4, 5), has_timestep=False)),
+            (
+                cls(kernel_size=(3, 3, 5), dilation=(2, 1, 1), short="whole"),
+                site.at(grid=Grid(1, 4, 5), has_timestep=False),
+            ),
         ]
 
 
@@ -122,7 +133,7 @@ def axis_problems(axis: str, length: int, kernel: Size, stride: int, dilation: i
         return found
     if kernel > length:
         rule = f"{kernel} along {axis} is more than the {length} tokens there"
-        return [Problem("kernel_size", rule, f"use 1 to {length}, or full")]
+        return [Problem("kernel_size", rule, f"use 1 to {length}, full, or short: whole")]
     found = []
     if stride > kernel:
         rule = f"{stride} along {axis} is more than the kernel of {kernel}: queries would not see themselves"
