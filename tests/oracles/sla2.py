@@ -32,7 +32,9 @@ def soft_choice(p: Tensor, kept: float, tau: float, usable: Tensor) -> Tensor:
                 low, high = -float(x.detach().max()) - 60.0, 60.0
                 for _ in range(200):
                     middle = (low + high) / 2
-                    low, high = (middle, high) if float(torch.sigmoid(x.detach() + middle).sum()) < kept else (low, middle)
+                    low, high = (
+                        (middle, high) if float(torch.sigmoid(x.detach() + middle).sum()) < kept else (low, middle)
+                    )
                 shift = torch.tensor((low + high) / 2, dtype=torch.float64)
                 for _ in range(3):
                     w = torch.sigmoid(x + shift)
