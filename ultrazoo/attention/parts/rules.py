@@ -193,7 +193,8 @@ class MeanStdSpec(RuleSpec):
     """Scores above mean + tau · standard deviation of the row's scores over key blocks (Sol-Attn, arXiv 2607.24027).
 
     `moments`: ``exact``, of the scores themselves; ``diag``, from the variances of the pooled keys' channels, as if they
-    were independent. Over key blocks that hold a valid key. `tau` null or minus infinity keeps every block.
+    were independent. Over key blocks that hold a valid key. `tau` null or minus infinity keeps every block; a row may keep
+    none (that of a single block does), so force a band beside it or choose a far field.
     """
 
     name: ClassVar[str] = "mean_std"

@@ -216,10 +216,17 @@ class PooledSpec(SelectorSpec):
         return found
 
     def place_problems(self, place: Place, site: Site) -> list[Problem]:
+        found = []
         count = getattr(self.rule, "count", None)
         if count is not None and count > place.selectable:
-            return [Problem("rule.count", f"{count} of {place.selectable} key blocks", f"at most {place.selectable}")]
-        return []
+            found.append(
+                Problem("rule.count", f"{count} of {place.selectable} key blocks", f"at most {place.selectable}")
+            )
+        for runs, size, of in zip(self.runs, place.whole, ("query", "key"), strict=False):
+            # a tile that the grid cuts may have fewer tokens than runs, and is exact
+            if runs > (whole := max(size, place.whole[2])):
+                found.append(Problem("runs", f"{runs} runs of a {of} block of {whole} tokens", f"at most {whole}"))
+        return found
 
     def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
         least, expected, most = self.rule.counts(place.selectable, keep)
