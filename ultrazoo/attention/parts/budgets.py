@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import Problem
+from ...options import FrozenMap
 from ...spec import Site, option
 from .orders import Place
 from .scene import Rows, Scene
@@ -49,6 +50,11 @@ class BudgetSpec(SelectorSpec):
     of: SelectorSpec = option(doc="the selector whose share changes", kind="selector")
     heads: tuple[float, ...] | None = option(None, "share per head", gt=0, le=1)
     steps: Mapping[str, float] | None = option(None, "step ranges → share, 1 is dense", gt=0, le=1)
+
+    def __post_init__(self) -> None:
+        # specs are keys of caches
+        if self.steps is not None and not isinstance(self.steps, FrozenMap):
+            object.__setattr__(self, "steps", FrozenMap(self.steps))
 
     @property
     def is_static(self) -> bool:
