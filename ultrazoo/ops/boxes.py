@@ -22,7 +22,7 @@ class AxisView:
     """What the tokens of one axis see: place i the places ``low[i]`` to ``high[i] - 1``.
 
     With a dilation d places count the residue classes modulo d one after the other; a range stays inside its class. Queries
-    come in groups of `unit` that see the same: tiles of a multiple of it need no mask.
+    come in groups of `unit` that see the same: tiles of that size need no mask.
     """
 
     low: tuple[int, ...]
