@@ -15,6 +15,24 @@ from .orders import Place
 Rows = Callable[[int, int], Tensor]
 """``rows(lo, hi)``: bool (B | 1, heads | 1, hi - lo, selectable key blocks) of query blocks lo..hi."""
 
+SCORES = {"cpu": 1 << 21}
+"""Scores of pairs of blocks, or of their runs, held at a time, per kind of device."""
+SCORES_ELSEWHERE = 1 << 27
+
+
+def in_steps(rows: Rows, like: Tensor, scores: int) -> Rows:
+    """The same rows, made so few at a time that their scores are of bounded size: `scores` of a row for each sample and head
+    of `like` (B, heads, …)."""
+    most = SCORES.get(like.device.type, SCORES_ELSEWHERE)
+    step = max(1, most // (like.shape[0] * like.shape[1] * scores))
+
+    def made(lo: int, hi: int) -> Tensor:
+        if hi - lo <= step:
+            return rows(lo, hi)
+        return torch.cat([rows(at, min(at + step, hi)) for at in range(lo, hi, step)], dim=2)
+
+    return made
+
 
 @dataclass
 class Scene:

@@ -19,7 +19,7 @@ from ...ops.init import Identity, marked
 from ...spec import Site, Spec, option
 from .orders import Place
 from .rules import RULES, RuleSpec, TopKSpec
-from .scene import Rows, Scene
+from .scene import Rows, Scene, in_steps
 from .soft import SoftMap, soft_map
 from .states import log_norms, log_variances
 
@@ -314,11 +314,11 @@ class _Pooled(nn.Module):
 
         def rows(lo: int, hi: int) -> Tensor:
             scores = self.scores(scene, lo, hi)
-            found = self.spec.rule.choose(scores, scene, lo)
             # a block without a valid key is never worth a visit
-            return found & (scores > float("-inf"))
+            return self.spec.rule.choose(scores, scene, lo) & (scores > float("-inf"))
 
-        return rows
+        runs = self.spec.runs[0] * self.spec.runs[1]
+        return in_steps(rows, scene.q, scene.place.selectable * runs)
 
 
 @dataclass(frozen=True, kw_only=True)
