@@ -127,7 +127,8 @@ def windowed(case: Case, video: Tensor, name: str, count: int, released: bool) -
         size = (nearest_multiple(height, count), nearest_multiple(width, count))
         video = back(video, (t, *size))
         height, width = size
-    valid = valid_cells(case, (t, height, width))
+    cell = {"local": 1, "regional": 2, "global": getattr(case.spec, "factor", 4)}[name]
+    valid = valid_cells(case, cell, (t, height, width))
     rows, columns = spans(height, count), spans(width, count)
     inner = case.site.inner
     out = video.new_zeros(batch, inner, t, height, width)
@@ -152,14 +153,13 @@ def windowed(case: Case, video: Tensor, name: str, count: int, released: bool) -
     return out
 
 
-def valid_cells(case: Case, grid: tuple[int, int, int]) -> Tensor:
-    """Bool (B, 1, t, h, w): whether any token of a cell is real; all of them when nobody said otherwise."""
+def valid_cells(case: Case, cell: int, grid: tuple[int, int, int]) -> Tensor:
+    """Bool (B, 1, t, h, w): whether any of a cell's cell x cell tokens is real; all of them when nobody said otherwise."""
     batch = case.x.shape[0]
     if case.key_valid is None:
         return torch.ones(batch, 1, *grid, dtype=torch.bool)
     full = case.key_valid.reshape(batch, *case.grid).double()
-    k = -(-case.grid[2] // grid[2])
-    pooled = F.max_pool2d(full, k, ceil_mode=True)
+    pooled = F.max_pool2d(full, cell, ceil_mode=True)
     assert pooled.shape[1:] == grid, "invalid tokens and resized maps do not go together"
     return pooled[:, None] > 0
 
