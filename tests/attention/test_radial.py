@@ -54,6 +54,23 @@ def test_the_map_equals_loops_and_leaves_no_row_empty(grid: tuple[int, int, int]
     assert not found.all()
 
 
+def test_random_maps_equal_loops_from_any_row_to_any_other() -> None:
+    rng = np.random.default_rng(0)
+    partial = 0
+    for _ in range(40):
+        grid = Grid(*(int(n) for n in rng.integers((2, 1, 2), (9, 5, 7))))
+        block, width = (int(n) for n in rng.integers(1, grid.h * grid.w + 1, 2))
+        options = {"decay": float(rng.choice([0.05, 0.2, 0.6, 1.5])), "block": block, "width": width}
+        options["sink"] = int(rng.integers(0, 3))
+        spec = expanded(RadialSpec(**options), site(*grid))  # type: ignore[arg-type]
+        place = spec.place(site(*grid))
+        lo = int(rng.integers(0, place.queries.count))
+        wanted = np.array(block_map(tuple(grid), options))[lo:]
+        assert (spec.selector.map(place, site(*grid), lo, place.queries.count)[0] == wanted).all(), (grid, options)
+        partial += not wanted.all()
+    assert partial > 20
+
+
 def test_an_image_is_full_attention() -> None:
     at = site(1, 16, 24)
     assert RadialSpec().cost(at).pairs == at.tokens**2

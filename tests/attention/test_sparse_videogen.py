@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 import ultrazoo
@@ -22,6 +23,21 @@ def test_the_band_holds_the_density_asked_for() -> None:
     assert 0.3 <= share < 0.31
     width = grid.tokens * (1 - math.sqrt(0.7))
     assert spec.band(grid) == math.ceil(width / 128)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("sink", [0, 1, 3])
+def test_pairs_are_those_of_the_map(density: float, sink: int) -> None:
+    """Block by block: the band alone, a sink that it reaches into or stands apart from, and one larger than the grid."""
+    for grid, block in ((Grid(6, 5, 7), 8), (Grid(2, 3, 5), 4), (Grid(1, 4, 5), 6), (Grid(9, 2, 2), 1)):
+        spec = SparseVideoGenSpec(density=density, sink=sink, block=block)
+        blocks = even_blocks(grid.tokens, block)
+        pairs = 0
+        for row in range(blocks.count):
+            for column in range(blocks.count):
+                if abs(row - column) <= spec.band(grid) or column * block < sink * grid.h * grid.w:
+                    pairs += int(blocks.sizes[row] * blocks.sizes[column])
+        assert spec.pairs(grid) == pairs
 
 
 def test_heads_of_frames_and_of_places_are_told_apart() -> None:

@@ -64,13 +64,15 @@ class SparseVideoGenSpec(AttentionSpec):
         return near | (at * self.block < self.sink * grid.h * grid.w)[None, :]
 
     def pairs(self, grid: Grid) -> int:
-        """Pairs per head of the band and the sink."""
+        """Pairs per head of the band and the sink: what the map holds, row by row of blocks."""
         blocks = even_blocks(grid.tokens, self.block)
-        total, step = 0, max(1, (1 << 22) // blocks.count)
-        for lo in range(0, blocks.count, step):
-            hi = min(lo + step, blocks.count)
-            total += int((self.map(grid, blocks, lo, hi) @ blocks.sizes) @ blocks.sizes[lo:hi])
-        return total
+        starts, at, band = np.asarray(blocks.starts), np.arange(blocks.count), self.band(grid)
+        first, end = np.maximum(at - band, 0), np.minimum(at + band + 1, blocks.count)
+        # the sink's blocks are the first ones; the band may reach into them
+        sink = min(-(-self.sink * grid.h * grid.w // self.block), blocks.count)
+        keys = starts[end] - starts[first] + starts[np.minimum(sink, first)]
+        keys += np.maximum(starts[sink] - starts[end], 0)
+        return int(blocks.sizes @ keys)
 
     def cost(self, site: Site) -> Cost:
         tokens, extra = site.tokens, site.extra_tokens

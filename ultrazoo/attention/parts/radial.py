@@ -47,33 +47,45 @@ class RadialMapSpec(SelectorSpec):
 
     def map(self, place: Place, site: Site, lo: int, hi: int) -> np.ndarray:
         size = place.grid.h * place.grid.w
-        starts = np.asarray(place.queries.starts, dtype=np.int64)
+        starts = np.asarray(place.queries.starts[lo : hi + 1], dtype=np.int64)
         cells = _cells(place.grid, place.keys.starts[: place.grid_keys + 1])
-        out = np.zeros((hi - lo, place.grid_keys), dtype=bool)
+        # kept blocks are runs: +1 where one begins, -1 behind its end; a block lies in four runs at most
+        steps = np.zeros((hi - lo, place.grid_keys + 1), dtype=np.int8)
         # a block of queries touches two frames at most, as it is no larger than a frame
-        first = starts[lo:hi] // size
-        last = (starts[lo + 1 : hi + 1] - 1) // size
-        for frame in (first, last):
-            low = np.maximum(starts[lo:hi] - frame * size, 0)
-            high = np.minimum(starts[lo + 1 : hi + 1] - 1 - frame * size, size - 1)
-            kept = self._dense(frame, low, high, starts[lo + 1 : hi + 1] - starts[lo:hi], size, cells)
-            # cells stand in the order of key blocks: a block's cells are neighbours
-            out |= np.logical_or.reduceat(kept, cells.first_of_block, axis=1)
-        return out[None]
+        for frame in (starts[:-1] // size, (starts[1:] - 1) // size):
+            low = np.maximum(starts[:-1] - frame * size, 0)
+            high = np.minimum(starts[1:] - 1 - frame * size, size - 1)
+            row, first, last = self._runs(frame, low, high, np.diff(starts), size, cells)
+            flat, row = steps.reshape(-1), row * steps.shape[1]
+            np.add.at(flat, row + cells.block[first], np.int8(1))
+            np.add.at(flat, row + cells.block[last] + 1, np.int8(-1))
+        return (np.cumsum(steps[:, :-1], axis=1, dtype=np.int8) > 0)[None]
 
-    def _dense(
+    def _runs(
         self, frame: np.ndarray, low: np.ndarray, high: np.ndarray, tokens: np.ndarray, size: int, cells: _Cells
-    ) -> np.ndarray:
-        """Bool (rows, cells): is the band of rows low..high of `frame` dense in the columns of each cell?"""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Runs of cells in whose columns the band of rows low..high of `frame` is dense: row, first and last cell.
+
+        A cell inside the full columns is dense and one outside is not: only the two at their ends are counted.
+        """
         apart = np.abs(frame[:, None] - np.arange(cells.frames)[None, :])
         width, kept = self._bands(apart, size)
-        width, kept = width[:, cells.frame], kept[:, cells.frame]
-        rows = (high - low + 1)[:, None]
-        least = (tokens // 3 + 1)[:, None]
-        nonzero = _overlap(low[:, None] - width, high[:, None] + width, cells)
-        full = _overlap(low[:, None] + least - 1 - width, high[:, None] - least + 1 + width, cells)
-        full = np.where((rows >= least) & (2 * width + 1 >= least), full, 0)
-        return kept & (nonzero > 0) & (5 * full > 3 * nonzero)
+        least = tokens // 3 + 1
+        kept &= (high - low + 1 >= least)[:, None] & (2 * width + 1 >= least[:, None])
+        row, to = np.nonzero(kept)
+        width, low, high, least = width[row, to], low[row], high[row], least[row]
+        full = np.maximum(low + least - 1 - width, 0), np.minimum(high - least + 1 + width, size - 1)
+        some = full[0] <= full[1]
+        row, to, width, low, high = (z[some] for z in (row, to, width, low, high))
+        full = full[0][some], full[1][some]
+        first, last = (np.searchsorted(cells.borders, to * size + end, side="right") - 1 for end in full)
+        dense = []
+        for cell in (first, last):
+            nonzero = _overlap(low - width, high + width, cells, cell)
+            dense.append(5 * _overlap(*full, cells, cell) > 3 * nonzero)
+        first, last = first + ~dense[0], last - ~dense[1]
+        some = first <= last
+        return row[some], first[some], last[some]
 
     def _bands(self, apart: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Half-width in tokens of the band between frames so far apart, and whether it is kept."""
@@ -88,24 +100,24 @@ class RadialMapSpec(SelectorSpec):
 
 @dataclass(frozen=True)
 class _Cells:
-    """Pieces of key blocks inside one frame, in order: frame, first and last column in the frame."""
+    """Pieces of key blocks inside one frame, in order: first tokens, first and last column in the frame, key block."""
 
     frames: int
-    frame: np.ndarray
+    borders: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    first_of_block: np.ndarray
+    block: np.ndarray
 
 
 @lru_cache(maxsize=4)
 def _cells(grid: Grid, starts: tuple[int, ...]) -> _Cells:
     size = grid.h * grid.w
     borders = np.union1d(np.asarray(starts), np.arange(0, grid.tokens + 1, size))
-    frame = borders[:-1] // size
-    first = np.searchsorted(borders, np.asarray(starts[:-1]))
-    return _Cells(grid.t, frame, borders[:-1] - frame * size, borders[1:] - 1 - frame * size, first)
+    first, end = borders[:-1], borders[1:]
+    block = np.searchsorted(np.asarray(starts), first, side="right") - 1
+    return _Cells(grid.t, first, first % size, (end - 1) % size, block)
 
 
-def _overlap(low: np.ndarray, high: np.ndarray, cells: _Cells) -> np.ndarray:
-    """Columns of each cell inside low..high."""
-    return np.maximum(np.minimum(high, cells.high) - np.maximum(low, cells.low) + 1, 0)
+def _overlap(low: np.ndarray, high: np.ndarray, cells: _Cells, cell: np.ndarray) -> np.ndarray:
+    """Columns of each `cell` inside low..high."""
+    return np.maximum(np.minimum(high, cells.high[cell]) - np.maximum(low, cells.low[cell]) + 1, 0)

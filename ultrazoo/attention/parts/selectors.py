@@ -356,7 +356,9 @@ class UnionSpec(SelectorSpec):
         if self.is_static:
             return super().bounds(place, site, keep)
         fixed = [one for one in self.of if one.is_static]
-        static = static_pairs(UnionSpec(of=tuple(fixed)), place, site) if fixed else 0
+        # one that stands alone may know its pairs without a map
+        forced = fixed[0] if len(fixed) == 1 else UnionSpec(of=tuple(fixed))
+        static = forced.bounds(place, site).expected if fixed else 0
         moving = [one.bounds(place, site, keep) for one in self.of if not one.is_static]
         everything = place.queries.tokens * place.keys.starts[place.selectable]
         # what is chosen and what is forced may coincide wholly or not at all; expected as if they were independent

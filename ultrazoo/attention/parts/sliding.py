@@ -12,7 +12,7 @@ from ...errors import Problem
 from ...grid import AXES
 from ...spec import Site, option
 from .orders import Place
-from .selectors import SelectorSpec
+from .selectors import Bounds, SelectorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,25 @@ class SlidingSpec(SelectorSpec):
         columns = np.unravel_index(np.arange(place.grid_keys), place.tiles)
         out = np.ones((hi - lo, place.grid_keys), dtype=bool)
         for row, column, size, count in zip(rows, columns, self.window, place.tiles, strict=True):
-            if size >= count:
-                continue
-            centre = np.clip(row, size // 2, count - 1 - size // 2)
-            out &= np.abs(column[None, :] - centre[:, None]) <= size // 2
+            first, end = _span(row, size, count)
+            out &= (column >= first[:, None]) & (column < end[:, None])
         return out[None]
+
+    def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
+        """Pairs along each axis, multiplied: tiles are boxes, and so are windows."""
+        assert place.tile is not None
+        assert place.tiles is not None
+        total = 1
+        for length, tile, size, count in zip(place.grid, place.tile, self.window, place.tiles, strict=True):
+            starts = np.minimum(np.arange(count + 1) * tile, length)
+            first, end = _span(np.arange(count), size, count)
+            total *= int(np.diff(starts) @ (starts[end] - starts[first]))
+        return Bounds(total, total, total)
+
+
+def _span(at: np.ndarray, size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """First tile and end of the window around each of `at`, along an axis of `count` tiles."""
+    if size >= count:
+        return np.zeros_like(at), np.full_like(at, count)
+    first = np.clip(at - size // 2, 0, count - size)
+    return first, first + size
