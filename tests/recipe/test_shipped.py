@@ -92,6 +92,11 @@ FITTING = {
     # sizes that fit frames of 90 tokens, and a factor that is a threshold of the same 0.33 at 270 tokens
     "radial_wan_14b_768p": ["attention.*.block=32", "attention.*.width=32"],
     "skip_softmax_wan_14b_720p": ["attention.*.scale_factor=90"],
+    # a training grid and sizes of windows, tiles and strides that are smaller than a grid of (3, 9, 10)
+    "atlasvid_wan_14b_4k": ["backbone.trained=[2, 4, 5]"],
+    "freeswim_wan_1_3b_1080p": ["attention.*.trained=[4, 6]"],
+    "neighborhood_wan_14b_768p": ["attention.*.kernel_size=[3, 4, 6]", "attention.*.stride=[2, 2, 2]"],
+    "sliding_tile_wan_14b_768p": ["attention.*.tile=[2, 2, 2]"],
     "t3_4k_wan_1_3b": ["attention.*.table=auto"],
     "t3_4k_wan_5b": ["attention.*.table=auto"],
 }
