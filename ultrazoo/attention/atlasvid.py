@@ -9,8 +9,8 @@ is **our specification**, not the paper's:
    its window's footprint and `margin` cells around it, in the same softmax.
 3. Means are taken of the host's raw keys and values, before norm and rotation: projections are linear, so these are the
    projections of the mean input, without a second matmul. A partial cell is the mean of what it has; invalid tokens do not count.
-4. Positions: a proxy cell stands at the mean place of its tokens on the high-resolution grid. A segment comes rotated: its
-   owner has put it there.
+4. Positions: a proxy cell stands at the middle of its footprint on the high-resolution grid (`proxy_positions`); of a partial
+   cell that is the mean place of the tokens it has. A segment comes rotated: its owner has put it there.
 5. ``weight: cells`` adds the logarithm of the tokens a cell stands for to its scores, so that it counts as much as they would.
 6. Asymmetry: proxy queries of a segment see the proxy alone; means have no queries.
 """
@@ -251,7 +251,7 @@ class AtlasvidAttention(Attention):
         cell = self.spec.proxy.cell  # type: ignore[attr-defined]
         valid = None if call.key_valid is None else call.key_valid.unflatten(1, grid)
         (k, tokens), (v, _) = (true_means(z.unflatten(1, grid), cell, valid) for z in (raw_k, raw_v))
-        at = Positions(*(cell_places(n, f, raw_k.device) for n, f in zip(grid, cell, strict=True)))
+        at = proxy_positions(grid, k.shape[1:4], self.spec.span(Grid(*grid)), raw_k.device)  # type: ignore[attr-defined]
         _, k, v = host.heads(None, k.flatten(1, 3), v.flatten(1, 3), at)  # type: ignore[assignment]
         tokens = tokens.flatten(1)
         return k, v, None if valid is None else tokens > 0, tokens.clamp(min=1)
@@ -271,10 +271,23 @@ class AtlasvidAttention(Attention):
         return torch.cat(rows, dim=1)
 
 
-def cell_places(length: int, factor: int, device: torch.device) -> Tensor:
-    """The mean place of the tokens of each cell of an axis, a partial last one included: (cells,)."""
-    first = torch.arange(0, length, factor, device=device, dtype=torch.float32)
-    return (first + (first + factor).clamp(max=length) - 1) / 2
+def proxy_positions(
+    grid: Sequence[int],
+    proxy: Sequence[int],
+    span: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> Positions:
+    """Where the cells of a `proxy` grid stand on the `grid`: the middle of what each covers, at fractional coordinates.
+
+    Whoever owns a proxy segment rotates its queries and keys at these. `span` is what the cells cover, beyond the grid where
+    the last cell of an axis is partial; None means the grid.
+    """
+    places = []
+    for length, cells, covered in zip(grid, proxy, grid if span is None else span, strict=True):
+        # token i lies between i - 1/2 and i + 1/2
+        edges = (torch.arange(cells + 1, device=device, dtype=torch.float32) * covered / cells).clamp(max=length)
+        places.append((edges[:-1] + edges[1:] - 1) / 2)
+    return Positions(*places)
 
 
 def _split(spec: AtlasvidSpec, extra: Extra | None) -> tuple[Extra | None, Extra | None]:
@@ -305,4 +318,4 @@ def _rows(extra: Extra, rows: Any, segments: tuple[Segment, ...]) -> Extra:
 
 AtlasvidSpec.module = AtlasvidAttention
 
-__all__ = ["AtlasvidAttention", "AtlasvidSpec", "PooledSpec", "SegmentSpec"]
+__all__ = ["AtlasvidAttention", "AtlasvidSpec", "PooledSpec", "SegmentSpec", "proxy_positions"]

@@ -2,7 +2,8 @@
 
 A named composition of `neighborhood`: ``kernel_size = (full, 2 dh + 1, 2 dw + 1)`` with (dh, dw) half the training grid, so that
 every query sees what the model saw in training, and scores times ``sqrt(log_n(2 n) / D)`` with n the tokens of a training frame
-(30 x 52 in the published code). An axis shorter than the window is seen whole, as in training.
+(the published code keeps 30 x 52 for models trained at other sizes; here n follows `trained`). An axis shorter than the window
+is seen whole, as in training.
 
 This is the window path of the source. Its second path, full attention on refresh steps whose cross-attention output replaces the
 window path's, belongs to a pipeline and is not here; a recipe's `steps` can give some steps full attention. Training-free, as a

@@ -27,7 +27,7 @@ from ..grid import AXES, Grid
 from ..ops.boxes import AxisView, neighborhood
 from ..spec import AttentionSpec, Rope, Segment, Site, Start, Traits, option
 from .full import kernel_problems
-from .views import NO_EXPORT, Group, ViewsAttention, ViewsSpec
+from .views import NO_EXPORT, Group, ViewsAttention, ViewsSpec, one_to
 
 Size = int | Literal["full"]
 
@@ -133,15 +133,15 @@ def axis_problems(axis: str, length: int, kernel: Size, stride: int, dilation: i
         return found
     if kernel > length:
         rule = f"{kernel} along {axis} is more than the {length} tokens there"
-        return [Problem("kernel_size", rule, f"use 1 to {length}, full, or short: whole")]
+        return [Problem("kernel_size", rule, f"use {one_to(length)}, full, or short: whole")]
     found = []
     if stride > kernel:
         rule = f"{stride} along {axis} is more than the kernel of {kernel}: queries would not see themselves"
-        found.append(Problem("stride", rule, f"use 1 to {kernel}"))
+        found.append(Problem("stride", rule, f"use {one_to(kernel)}"))
     if kernel * dilation > length:
         rule = f"{dilation} along {axis} spreads {kernel} keys over {kernel * dilation} places, there are {length}"
-        fewer = f", or a kernel of 1 to {length // dilation}" if dilation <= length else ""
-        found.append(Problem("dilation", rule, f"use 1 to {length // kernel}{fewer}"))
+        fewer = f", or a kernel of {one_to(length // dilation)}" if dilation <= length else ""
+        found.append(Problem("dilation", rule, f"use {one_to(length // kernel)}{fewer}"))
     return found
 
 

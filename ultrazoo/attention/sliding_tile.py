@@ -10,6 +10,7 @@ Where we depart:
 1. Any size: the last tile of an axis holds what is left. The published kernels take three grids only.
 2. A window is odd, or the whole axis. The published rule gives an even window one tile more than it says.
 3. A window of at least as many tiles as an axis has is the whole axis, as the published clamp has it.
+4. A tile longer than an axis is refused; ``short: whole`` makes one tile of such an axis.
 
 With tiles that divide and an odd window it is `neighborhood` with a kernel of m tiles and a stride of one. The published search
 of windows per (step, layer, head) is a recipe: layer keys, `steps`, and `window` by head.
@@ -27,7 +28,7 @@ from ..ops.boxes import sliding_tiles
 from ..spec import AttentionSpec, Rope, Segment, Site, Start, Traits, option
 from .by_head import ByHeadSpec, head_range
 from .full import FullSpec, kernel_problems
-from .views import NO_EXPORT, Group, ViewsAttention, ViewsSpec
+from .views import NO_EXPORT, Group, ViewsAttention, ViewsSpec, one_to
 
 Tiles = int | Literal["full"]
 Window = tuple[Tiles, Tiles, Tiles]
@@ -50,6 +51,9 @@ class SlidingTileSpec(ViewsSpec):
     window: Window | tuple[Window, ...] | Mapping[str, Window] = option(
         (3, 3, 3), "tiles seen along (T, H, W), odd or full; one per head, or by ranges of heads", ge=1
     )
+    short: Literal["refuse", "whole"] = option(
+        "refuse", "an axis with fewer tokens than a tile: a problem, or one tile"
+    )
     kernel: str = option("auto", "a registered kernel, or auto")
 
     def tile_at(self, grid: Grid) -> tuple[int, int, int]:
@@ -58,14 +62,7 @@ class SlidingTileSpec(ViewsSpec):
         return IMAGE_TILES[t * h * w] if grid.t == 1 and t > 1 else self.tile
 
     def problems(self, site: Site) -> list[Problem]:
-        found = kernel_problems(self.kernel)
-        t, h, w = self.tile
-        if site.grid.t == 1 and t > 1 and t * h * w not in IMAGE_TILES:
-            rule = (
-                f"an image has no tile for {t * h * w} tokens; volumes with one are {', '.join(map(str, IMAGE_TILES))}"
-            )
-            found.append(Problem("tile", rule, f"for images give a flat tile, [1, {h}, {w}]"))
-        found += self._head_problems(site)
+        found = kernel_problems(self.kernel) + self._tile_problems(site.grid) + self._head_problems(site)
         if found:
             return found
         counts = [-(-n // size) for n, size in zip(site.grid, self.tile_at(site.grid), strict=True)]
@@ -75,6 +72,23 @@ class SlidingTileSpec(ViewsSpec):
                     rule = f"an even window of {size} tiles along {axis} has no middle"
                     odd = f"{size - 1}, {size + 1}" if size + 1 < count else f"{size - 1}"
                     found.append(Problem(path, rule, f"use {odd} or full, which is {count} tiles there"))
+        return found
+
+    def _tile_problems(self, grid: Grid) -> list[Problem]:
+        t, h, w = self.tile
+        flattened = grid.t == 1 and t > 1
+        if flattened and t * h * w not in IMAGE_TILES:
+            rule = (
+                f"an image has no tile for {t * h * w} tokens; volumes with one are {', '.join(map(str, IMAGE_TILES))}"
+            )
+            return [Problem("tile", rule, f"for images give a flat tile, [1, {h}, {w}]")]
+        found = []
+        for axis, size, length in zip(AXES, self.tile_at(grid), grid, strict=True):
+            if self.short == "refuse" and size > length:
+                what = "an image's tile of " if flattened else ""
+                rule = f"{what}{size} along {axis} is more than the {length} tokens there"
+                flat = f"give a flat tile, [1, {h}, {w}], with " if flattened else "use "
+                found.append(Problem("tile", rule, f"{flat}{one_to(length)} along {axis}, or short: whole"))
         return found
 
     def _head_problems(self, site: Site) -> list[Problem]:
@@ -139,6 +153,7 @@ class SlidingTileSpec(ViewsSpec):
             (cls(tile=(2, 2, 1), window=windows), site),
             (cls(tile=(1, 3, 2), window={"0,2": (1, 1, 3), "1": ("full", 1, 1)}), site.at(rope=None)),
             (cls(tile=(4, 2, 2), window=(3, 1, 1)), site.at(grid=Grid(1, 9, 10), has_timestep=False)),
+            (cls(tile=(4, 2, 3), window=(1, 1, 3), short="whole"), site.at(grid=Grid(2, 7, 10))),
         ]
 
 

@@ -89,6 +89,11 @@ class ViewsSpec(AttentionSpec):
         )
 
 
+def one_to(most: int) -> str:
+    """Legal values, for an error message: ``1 to 7``, or 1 where there is no other."""
+    return f"1 to {most}" if most > 1 else "1"
+
+
 # --- influence ------------------------------------------------------------------------------------------------------
 
 
