@@ -26,7 +26,7 @@ from .weights.meaning import require_same_meaning
 from .weights.reader import Checkpoint, open_checkpoint
 from .weights.slots import Slot, Unfilled, Values, attention_paths, slots_of, stream
 from .weights.staging import refuse_existing, staged
-from .weights.writer import Progress, order, write_checkpoint
+from .weights.writer import Progress, Written, order, write_checkpoint
 
 if TYPE_CHECKING:
     from .recipe import Plan, Recipe, Resolved
@@ -104,7 +104,9 @@ def build_directory(
     dtype = DTYPES[plan.resolved.dtype]
     with _opened(plan, model) as (checkpoint, found):
         values = Values(model, seed=plan.resolved.seed, dtype=dtype, match=found, checkpoint=checkpoint)
-        _write(plan, values.slots, values.entry, values.tensor, _origin(plan, found), out, force, progress, extra_files)
+        write_directory(
+            plan, values.slots, values.entry, values.tensor, _origin(plan, found), out, force, progress, extra_files
+        )
     return found
 
 
@@ -132,7 +134,7 @@ def save(
     _same_parameters(plan, slots)
     origin = getattr(model, "origin", None) or {"seed": None, "weights": None}
     refuse_existing(Path(os.path.realpath(directory)), force)
-    _write(
+    write_directory(
         plan, slots, Slot.entry, lambda slot: slot.get().detach().cpu(), origin, directory, force, progress, extra_files
     )
 
@@ -245,7 +247,7 @@ def _same_parameters(plan: Plan, slots: list[Slot]) -> None:
         )
 
 
-def _write(
+def write_directory(
     plan: Plan,
     slots: list[Slot],
     entry: Callable[[Slot], Any],
@@ -255,7 +257,8 @@ def _write(
     force: bool,
     progress: Progress | None,
     extra_files: ExtraFiles | None,
-) -> None:
+) -> list[Written]:
+    """Write the slots of a plan's model, as `entry` and `tensor` give them, into the directory `out`, staged."""
     extra = dict(extra_files or {})
     for name in extra:
         if name in RESERVED or name.startswith(WEIGHTS_FILE) or Path(name).name != name:
@@ -277,6 +280,7 @@ def _write(
         )
         dtypes = {str(one.dtype).removeprefix("torch.") for one in entries}
         write_bytes(new / config.FILE, config.make(plan, written, sorted(dtypes), origin))
+    return written
 
 
 def _recipe_text(plan: Plan) -> str:

@@ -17,7 +17,10 @@ from .keymaps import FORMATS, Format, strip_prefix
 from .reader import Checkpoint
 from .tensors import PLAIN, Entry
 
-KINDS = ("wrong shape", "wrong type", "missing", "unexpected")
+KINDS = ("wrong shape", "wrong type", "missing", "unexpected", "no place")
+
+Row = tuple[str, str, str, str]
+"""One tensor that does not fit: kind, key, what the file has, what the model wants."""
 
 ROWS = 8
 """Rows of each kind in a mismatch table at most; a row stands for the same parameter of many layers."""
@@ -117,9 +120,7 @@ def match(
         else:
             found[_placed(ours, parameters)] = key
     split = _Split(extras, whole)
-    rows: list[tuple[str, str, str, str]] = [
-        ("unexpected", key, _facts(checkpoint.entries[key]), "") for key in unknown
-    ]
+    rows: list[Row] = [("unexpected", key, _facts(checkpoint.entries[key]), "") for key in unknown]
     reused, new, dropped = {}, [], []
     for name, key in found.items():
         if name in parameters:
@@ -183,7 +184,7 @@ class _Split:
 
 def _torn(
     split: _Split, checkpoint: Checkpoint, found: Mapping[str, str], parameters: Mapping[str, Entry], new: Sequence[str]
-) -> list[tuple[str, str, str, str]]:
+) -> list[Row]:
     """Rows for parts of an attention block of which the file holds some parameters and not others, or more."""
     common = {split.part(name) for name in found if name in parameters and split.is_extra(name)}
     rows = [("missing", name, "", _facts(parameters[name])) for name in new if split.part(name) in common]
@@ -203,28 +204,38 @@ def _type(entry: Entry) -> str:
     return str(entry.dtype).removeprefix("torch.")
 
 
-def _table(checkpoint: Checkpoint, form: Format, model: str, rows: Sequence[tuple[str, str, str, str]]) -> str:
-    groups: dict[tuple[str, str, str, str], list[str]] = {}
-    for kind, key, got, due in rows:
-        groups.setdefault((kind, _shape_of(key), got, due), []).append(key)
+def _table(checkpoint: Checkpoint, form: Format, model: str, rows: Sequence[Row]) -> str:
+    lines = [f"{checkpoint.path} ({form.name}) does not fit {model}: {len(rows)} tensors differ, nothing was loaded"]
+    lines += table_lines(rows)
+    if form.design:
+        lines.append(f"  its extra weights belong to the design {form.design}")
+    return "\n".join(lines)
+
+
+def table_lines(rows: Sequence[Row], got: str = "file", due: str = "model") -> list[str]:
+    """Rows of a mismatch table, one line for the same parameter of many layers, the kinds in the order of `KINDS`.
+
+    `got` and `due` name the two sides whose facts a row holds.
+    """
+    groups: dict[Row, list[str]] = {}
+    for kind, key, has, wants in rows:
+        groups.setdefault((kind, _shape_of(key), has, wants), []).append(key)
     cells = []
     # what differs in most layers says most
-    for (kind, _, got, due), keys in sorted(groups.items(), key=lambda group: -len(group[1])):
+    for (kind, _, has, wants), keys in sorted(groups.items(), key=lambda group: -len(group[1])):
         count = f"{len(keys)} tensors" if len(keys) > 1 else ""
-        cells.append((kind, collapse(keys)[0], f"file {got}" if got else "", f"model {due}" if due else "", count))
+        cells.append((kind, collapse(keys)[0], f"{got} {has}" if has else "", f"{due} {wants}" if wants else "", count))
     by_kind = {kind: [row for row in cells if row[0] == kind] for kind in KINDS}
     shown = [row for found in by_kind.values() for row in found[:ROWS]]
     widths = [max(len(row[column]) for row in shown) for column in range(4)]
-    lines = [f"{checkpoint.path} ({form.name}) does not fit {model}: {len(rows)} tensors differ, nothing was loaded"]
+    lines = []
     for kind, found in by_kind.items():
         for row in found[:ROWS]:
             line = "  ".join(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True))
             lines.append(f"  {line}  {row[4]}".rstrip())
         if len(found) > ROWS:
             lines.append(f"  {kind}  … and {len(found) - ROWS} more rows")
-    if form.design:
-        lines.append(f"  its extra weights belong to the design {form.design}")
-    return "\n".join(lines)
+    return lines
 
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")

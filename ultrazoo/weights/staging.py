@@ -23,6 +23,9 @@ from .disk import disk_errors
 MARK = "ultrazoo"
 """Key of config.json by which a directory is known as one of ours."""
 
+CONVERTED = "_ultrazoo"
+"""The same for directories in the layout of another program, which ignores keys with an underscore."""
+
 
 @contextlib.contextmanager
 def staged(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
@@ -57,6 +60,40 @@ def staged(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path
         raise
 
 
+@contextlib.contextmanager
+def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Give a path to write one file at; on a clean exit it becomes `out`, on any exception nothing is left of it.
+
+    An existing file is refused unless `force`. Raises OutputError.
+    """
+    target = Path(os.path.realpath(out))
+    _refuse_file(target, force)
+    made = _make_parents(target.parent)
+    try:
+        with disk_errors(out):
+            clean_stale(target)
+            work, lock = _open_work(target)
+        try:
+            yield work / target.name
+            with disk_errors(out):
+                _refuse_file(target, force)
+                (work / target.name).replace(target)
+                _sync(target.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            os.close(lock)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _refuse_file(target: Path, force: bool) -> None:
+    if target.is_dir():
+        raise OutputError(f"{target} is a directory; choose another place")
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists; use --force to replace it, or choose another place")
+
+
 def refuse_existing(target: Path, force: bool) -> None:
     """Raise OutputError when `target` is in the way."""
     try:
@@ -69,19 +106,23 @@ def refuse_existing(target: Path, force: bool) -> None:
         raise OutputError(f"{target} exists and is not a directory; choose another place with -o")
     if not force:
         raise OutputError(f"{target} exists; use --force to replace it, or choose another place with -o")
-    if not is_ours(target) and any(target.iterdir()):
+    if not (is_ours(target) or _has(target, CONVERTED)) and any(target.iterdir()):
         raise OutputError(
             f"{target} was not written by ultrazoo: --force does not replace it; remove it yourself first"
         )
 
 
 def is_ours(directory: Path) -> bool:
-    """Does `directory` hold a config.json that ultrazoo wrote?"""
+    """Does `directory` hold a config.json that ultrazoo wrote for a model of its own?"""
+    return _has(directory, MARK)
+
+
+def _has(directory: Path, key: str) -> bool:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and MARK in config
+    return isinstance(config, dict) and key in config
 
 
 def clean_stale(target: Path) -> list[Path]:

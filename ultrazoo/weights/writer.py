@@ -159,7 +159,7 @@ def write_file(
         put(header(entries, metadata))
         for entry in entries:
             name, tensor = next(tensors)
-            _check(entry, name, tensor)
+            checked(entry, name, tensor)
             for piece in raw(tensor):
                 put(piece)
             done += entry.nbytes
@@ -177,7 +177,8 @@ def raw(tensor: Tensor) -> Iterator[memoryview]:
         yield flat[start : start + WRITE_BYTES].numpy().data
 
 
-def _check(entry: Entry, name: str, tensor: Tensor) -> None:
+def checked(entry: Entry, name: str, tensor: Tensor) -> None:
+    """What a stream gives must be what the header, which was written before, says."""
     got = (name, tuple(tensor.shape), tensor.dtype)
     due = (entry.name, entry.shape, entry.dtype)
     assert got == due, f"the tensor to write is {got}, the header says {due}"
