@@ -23,6 +23,7 @@ def rule(draw: random.Random) -> RuleSpec:
             multiple=draw.choice([1, 1, 2, 3]),
             least=draw.choice([1, 1, 2, 4]),
             rounding=draw.choice(["up", "down"]),
+            competing=draw.choice(["counted", "added"]),
         )
     if name == "count":
         return TopKSpec(count=draw.choice([1, 2, 3]), multiple=draw.choice([1, 2]), least=draw.choice([1, 2]))

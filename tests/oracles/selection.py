@@ -139,7 +139,7 @@ def pooled(selector: Options, seen: Looked, keep: Sequence[float] | None) -> Ten
         for h in range(heads):
             share = None if keep is None else keep[h]
             for i, row in enumerate(rows(selector, seen, b, h, 1 / math.sqrt(channels))):
-                for j in rule(selector["rule"], row, share):
+                for j in rule(selector["rule"], row, share, layout.grid_keys):
                     found[b, h, i, j] = True
     return found
 
@@ -203,13 +203,17 @@ def share_of(share: float, blocks: int, rounding: str = "up") -> int:
     return math.floor(exact) if rounding == "down" else math.ceil(exact)
 
 
-def rule(options: Options, row: Row, keep: float | None) -> list[int]:
-    """The blocks that one row keeps."""
+def rule(options: Options, row: Row, keep: float | None, grid_blocks: int) -> list[int]:
+    """The blocks that one row keeps; the first `grid_blocks` of them are the grid's."""
     name, blocks = options["name"], len(row.scores)
     if keep == 1.0:
         return list(range(blocks))
     if name == "topk":
-        return best_first(row.scores)[: top_k_count(options, blocks, keep)]
+        if options["competing"] == "added":
+            visits = top_k_count(options, grid_blocks, keep) + blocks - grid_blocks
+        else:
+            visits = top_k_count(options, blocks, keep)
+        return best_first(row.scores)[:visits]
     if name == "mean_std":
         return above(options, row)
     if name == "topp":

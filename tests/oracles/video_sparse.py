@@ -1,4 +1,8 @@
-"""Video sparse attention in fp64: coarse attention among tiles, the best tiles per tile and head, fine attention in them."""
+"""Video sparse attention in fp64: coarse attention among tiles, the best tiles per tile and head, fine attention in them.
+
+Tiles of extra tokens are cut from each segment by itself. A segment that competes is chosen from like the grid, and every
+tile of it raises the number of visits by one; every other segment is seen by all.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,48 @@ from typing import Any
 
 import torch
 
+from ultrazoo.spec import Segment
 from ultrazoo.testing import Case, affine, plain
 
-from .grouped_tokens import answer, best, each_row, group_scores, heads_of, means, over_groups, run_groups, tile_groups
+from .grouped_tokens import (
+    Groups,
+    answer,
+    best,
+    each_row,
+    group_scores,
+    heads_of,
+    means,
+    over_groups,
+    run_groups,
+    tile_groups,
+)
+
+
+def segment_tiles(case: Case, size: int) -> tuple[Groups, Groups]:
+    """Tiles of at most `size` extra tokens: of segments that compete, and of those that all see."""
+    compete: Groups = []
+    always: Groups = []
+    if case.extra is not None:
+        tokens = case.x.shape[1]
+        for segment in case.site.extra or (Segment("text", case.extra.k.shape[1]),):
+            (compete if segment.keys == "compete" else always).extend(run_groups(tokens, segment.length, size))
+            tokens += segment.length
+    return compete, always
 
 
 def video_sparse(case: Case) -> Any:
     options = plain(case.spec)
     tile = options["image_tile"] if case.grid[0] == 1 and options["image_tile"] else options["tile"]
-    tokens = case.x.shape[1]
     tiles = tile_groups(case.grid, tile)
+    compete, always = segment_tiles(case, math.prod(options["tile"]))
     q, k, v, real = heads_of(case)
-    found = group_scores(q, k, tiles, tiles, real)
-    count = max(1, min(len(tiles), math.ceil(round((1 - options["sparsity"]) * len(tiles), 9))))
-    kept = each_row(found, lambda row: best(row, count))
-    fine = over_groups(case, q, k, v, real, kept, tiles, tiles)
+    count = max(1, min(len(tiles), math.ceil(round((1 - options["sparsity"]) * len(tiles), 9)))) + len(compete)
+    kept = each_row(group_scores(q, k, tiles, tiles + compete, real), lambda row: best(row, count))
+    fine = over_groups(case, q, k, v, real, kept, tiles, tiles + compete)
     if options["gate"] == "none":
         return answer(case, fine)
-    # the coarse softmax runs over every tile, chunks of extra tokens included, alike
-    more = run_groups(tokens, k.shape[1] - tokens, math.prod(options["tile"]))
-    everything = tiles + more
+    # the coarse softmax runs over every tile alike
+    everything = tiles + compete + always
     coarse = group_scores(q, k, tiles, everything, real).softmax(-1) @ means(v, everything, real)
     spread = torch.zeros(q.shape, dtype=q.dtype)
     for i, group in enumerate(tiles):

@@ -2,8 +2,12 @@
 attention and is itself added through a gate.
 
 ``O = O_fine + G(x) · O_coarse``, G linear, per token and channel, zero at the start, no sigmoid. A named composition of
-`block_sparse`. The form for packed sequences (FastVideo's VSA-H3) is what a host's segments say: ``keys: always`` is its
-*exempt* mode, ``rows: dense`` its rule for prompt rows; chunks of extra tokens take part in the coarse attention.
+`block_sparse`. The form for packed sequences (FastVideo's VSA-H3) is what a host's segments say. Tiles of extra tokens never
+cross a segment and take part in the coarse attention. ``keys: always`` is its *exempt* mode: top-k over the grid's tiles, and
+every tile of the segment. ``keys: compete`` is its *compete* mode: top-k over both, k being that of the grid's tiles plus
+one for every competing tile, as many visits as if they were exempt. ``rows: dense`` is its rule for prompt rows; its dense
+first steps and dense layers are a recipe's ``steps`` and layer keys. We depart in two places: a gate of zeros is computed
+too, and of equal scores the grid's tile comes before an extra one.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ class VideoSparseSpec(AttentionSpec):
     """The best ``1 - sparsity`` of the tiles for every tile and head, and gated attention among all tiles."""
 
     name: ClassVar[str] = "video_sparse"
-    source: ClassVar[str] = "VSA, arXiv 2505.13389; code FastVideo 2f3d407"
+    source: ClassVar[str] = "VSA, arXiv 2505.13389; code FastVideo 2f3d407 (packed: #1695, #1731)"
     formula: ClassVar[str] = (
         "y = W_o (softmax over top-k tiles of q k^T / sqrt(D) v + G(x) softmax(q_c k_c^T / sqrt(D)) v_c)"
     )
@@ -49,7 +53,7 @@ class VideoSparseSpec(AttentionSpec):
     def _composition(self) -> BlockSparseSpec:
         return BlockSparseSpec(
             order=self._order(),
-            selector=PooledSpec(rule=TopKSpec(share=round(1 - self.sparsity, 12))),
+            selector=PooledSpec(rule=TopKSpec(share=round(1 - self.sparsity, 12), competing="added")),
             far=CoarseSpec() if self.gate == "linear" else DropSpec(),
             kernel=self.kernel,
         )
@@ -71,8 +75,10 @@ class VideoSparseSpec(AttentionSpec):
     @classmethod
     def examples(cls) -> list[tuple[AttentionSpec, Site]]:
         site = Site(dim=24, heads=3, head_dim=8, grid=Grid(3, 5, 7), rope=Rope(axes=(4, 2, 2)), qk_norm=True)
+        packed = (Segment("text", 9, keys="compete"), Segment("audio", 3), Segment("reference", 10, keys="compete"))
         return [
             (cls(tile=(2, 2, 3), sparsity=0.7), site.at(extra=(Segment("text", 5),))),
             (cls(tile=(4, 4, 4), image_tile=(1, 2, 3), sparsity=0.5), site.at(grid=Grid(1, 4, 5), rope=None)),
             (cls(tile=(2, 3, 2), sparsity=0.0), site.at(grid=Grid(2, 4, 5))),
+            (cls(tile=(2, 2, 2), sparsity=0.8), site.at(grid=Grid(2, 5, 4), extra=packed)),
         ]

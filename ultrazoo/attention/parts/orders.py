@@ -41,6 +41,11 @@ class Place:
     key_rows: tuple[int, ...] = ()
 
     @property
+    def extra_selectable(self) -> int:
+        """Key blocks of extra tokens that compete with those of the grid."""
+        return self.selectable - self.grid_keys
+
+    @property
     def always_tokens(self) -> int:
         """Extra keys that every query sees."""
         return self.keys.tokens - self.keys.starts[self.selectable]

@@ -22,8 +22,8 @@ class RuleSpec(Options):
 
     source: ClassVar[str] = ""
 
-    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
-        """Kept blocks out of `blocks`: fewest, expected, most."""
+    def counts(self, blocks: int, keep: float | None = None, extra: int = 0) -> tuple[int, float, int]:
+        """Kept blocks out of `blocks`, of which `extra` are of extra tokens: fewest, expected, most."""
         raise TypeError(f"{type(self).__name__} counts nothing")
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
@@ -87,36 +87,46 @@ class TopKSpec(RuleSpec):
     soft: float | None = option(
         None, "temperature of SoftTop-k (SLA2): every block weighed, by weights that add up to the number; dense", gt=0
     )
+    competing: Literal["counted", "added"] = option(
+        "counted",
+        "competing blocks of extra tokens: among those that the share is of, or one more visit each, as many as if all "
+        "queries saw them (VSA)",
+    )
 
-    def number(self, blocks: int, keep: float | None = None) -> int:
-        if keep is not None:
-            return kept(keep, blocks, self.multiple, self.least, self.rounding == "down")
-        if self.count is not None:
-            return rounded(self.count, blocks, self.multiple, self.least)
-        assert self.share is not None
-        return kept(self.share, blocks, self.multiple, self.least, self.rounding == "down")
+    def number(self, blocks: int, keep: float | None = None, extra: int = 0) -> int:
+        """Kept blocks out of `blocks`, of which `extra` are of extra tokens."""
+        added = extra if self.competing == "added" else 0
+        among = blocks - added
+        if keep is None and self.count is not None:
+            return rounded(self.count, among, self.multiple, self.least) + added
+        share = self.share if keep is None else keep
+        assert share is not None
+        return kept(share, among, self.multiple, self.least, self.rounding == "down") + added
 
-    def weight(self, blocks: int) -> float:
+    def weight(self, blocks: int, extra: int = 0) -> float:
         """What the soft weights of a row add up to: the share before it is rounded."""
+        added = extra if self.competing == "added" else 0
+        among = blocks - added
         if self.count is not None:
-            return min(self.count, blocks)
+            return min(self.count, among) + added
         assert self.share is not None
-        return min(blocks, max(self.least, self.share * blocks))
+        return min(among, max(self.least, self.share * among)) + added
 
     def problems(self, site: Site) -> list[Problem]:
         if self.count is None and self.share is None:
             return [Problem("share", "neither share nor count is given", "give one of them")]
         return []
 
-    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
-        number = blocks if self.soft is not None else self.number(blocks, keep)
+    def counts(self, blocks: int, keep: float | None = None, extra: int = 0) -> tuple[int, float, int]:
+        number = blocks if self.soft is not None else self.number(blocks, keep, extra)
         return number, number, number
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
         blocks = scores.shape[-1]
+        extra = scene.place.extra_selectable if self.competing == "added" else 0
         if isinstance(scene.keep, tuple):
-            return largest(scores, torch.tensor([self.number(blocks, keep) for keep in scene.keep]))
-        return largest(scores, self.number(blocks, scene.keep))
+            return largest(scores, torch.tensor([self.number(blocks, keep, extra) for keep in scene.keep]))
+        return largest(scores, self.number(blocks, scene.keep, extra))
 
     def keeps_all(self) -> bool:
         return self.count is None and self.share == 1
@@ -150,7 +160,7 @@ class TopPSpec(RuleSpec):
     floor: float = option(0.0, "never a smaller share of the blocks than this", ge=0, le=1)
     expected: float = option(0.3, "kept share that a plan assumes; the data decides", gt=0, le=1)
 
-    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+    def counts(self, blocks: int, keep: float | None = None, extra: int = 0) -> tuple[int, float, int]:
         fewest = kept(self.floor, blocks)
         if self.p == 1:
             return blocks, blocks, blocks
@@ -174,7 +184,7 @@ class TopKOrPSpec(RuleSpec):
     p: float = option(0.2, "mass that top-p keeps", gt=0, le=1)
     expected: float = option(0.05, "kept share that a plan assumes; the data decides", gt=0, le=1)
 
-    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+    def counts(self, blocks: int, keep: float | None = None, extra: int = 0) -> tuple[int, float, int]:
         if self.p == 1:
             return blocks, blocks, blocks
         fewest = kept(self.share if keep is None else keep, blocks)
@@ -202,7 +212,7 @@ class MeanStdSpec(RuleSpec):
     tau: float | None = option(1.0, "standard deviations above the mean; null: every block")
     moments: Literal["diag", "exact"] = option("diag", "how the row's variance is taken")
 
-    def counts(self, blocks: int, keep: float | None = None) -> tuple[int, float, int]:
+    def counts(self, blocks: int, keep: float | None = None, extra: int = 0) -> tuple[int, float, int]:
         if self.keeps_all():
             return blocks, blocks, blocks
         assert self.tau is not None

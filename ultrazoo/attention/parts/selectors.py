@@ -218,10 +218,9 @@ class PooledSpec(SelectorSpec):
     def place_problems(self, place: Place, site: Site) -> list[Problem]:
         found = []
         count = getattr(self.rule, "count", None)
-        if count is not None and count > place.selectable:
-            found.append(
-                Problem("rule.count", f"{count} of {place.selectable} key blocks", f"at most {place.selectable}")
-            )
+        added = getattr(self.rule, "competing", "") == "added"
+        if count is not None and count > (blocks := place.grid_keys if added else place.selectable):
+            found.append(Problem("rule.count", f"{count} of {blocks} key blocks", f"at most {blocks}"))
         for runs, size, of in zip(self.runs, place.whole, ("query", "key"), strict=False):
             # a tile that the grid cuts may have fewer tokens than runs, and is exact
             if runs > (whole := max(size, place.whole[2])):
@@ -229,7 +228,7 @@ class PooledSpec(SelectorSpec):
         return found
 
     def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
-        least, expected, most = self.rule.counts(place.selectable, keep)
+        least, expected, most = self.rule.counts(place.selectable, keep, place.extra_selectable)
         sizes = np.sort(place.keys.sizes[: place.selectable])
         queries = place.queries.tokens
         # the smallest and the largest blocks may be the ones chosen
@@ -306,7 +305,7 @@ class _Pooled(nn.Module):
         rule = self.spec.rule
         assert isinstance(rule, TopKSpec)
         assert rule.soft is not None
-        wanted = rule.weight(scene.place.selectable)
+        wanted = rule.weight(scene.place.selectable, scene.place.extra_selectable)
         return soft_map(scene, lambda lo, hi: self.scores(scene, lo, hi), wanted, rule.soft)
 
     def forward(self, scene: Scene) -> Rows:
