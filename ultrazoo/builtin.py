@@ -68,6 +68,14 @@ TABLE: tuple[Row, ...] = (
     _attention("video_sparse", "video_sparse:VideoSparseSpec", "top-k tiles, gated coarse", "needs tuning", "VSA"),
     _attention("nabla", "nabla:NablaSpec", "top-p of blocks and a window of tiles", "training-free"),
     _attention(
+        "mixture_of_blocks",
+        "mixture_of_blocks:MixtureOfBlocksSpec",
+        "blocks for single queries, partition by layer",
+        "needs tuning",
+        "VMoBA",
+        "MoBA",
+    ),
+    _attention(
         "sparge2", "sparge2:Sparge2Spec", "top-k united with top-p of blocks", "needs tuning", "SpargeAttention2"
     ),
     _attention(
@@ -106,6 +114,7 @@ TABLE: tuple[Row, ...] = (
     _part("selector", "sliding", "sliding:SlidingSpec", "a window of tiles (STA)"),
     _part("selector", "tokens", "ranges:TokensSpec", "key blocks of a range of tokens"),
     _part("selector", "pooled", "selectors:PooledSpec", "the best scores of block means"),
+    _part("selector", "routed", "routed:RoutedSpec", "own blocks and the best, per query or per head (VMoBA)"),
     _part("selector", "union", "selectors:UnionSpec", "what any of several selectors chooses"),
     _part("selector", "budget", "budgets:BudgetSpec", "another share per head or denoising step"),
     _part("selector", "cached", "budgets:CachedSpec", "a map kept over denoising steps"),

@@ -25,6 +25,7 @@ from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, 
 from .contract import Attention, Call, Host, grid_positions
 from .full import kernel_problems
 from .grouped import attend_extra
+from .parts.by_query import ByQuerySpec
 from .parts.far import CoarseSpec, DropSpec, FarSpec
 from .parts.orders import ORDERS, ColumnsSpec, OrderSpec, Place, RasterSpec, TilesSpec
 from .parts.rules import TopKSpec, TopPSpec
@@ -43,7 +44,9 @@ class BlockSparseSpec(AttentionSpec):
         "y_i = W_o [ sum_{j in M(i)} softmax(q_i k_j / sqrt(D)) v_j (+ far field of blocks not in M(i)) ]"
     )
 
-    order: OrderSpec = option(RasterSpec(), "the order of tokens and their blocks", choices=ORDERS)
+    order: OrderSpec = option(
+        RasterSpec(), "the order of tokens and their blocks", choices={**ORDERS, ByQuerySpec.name: ByQuerySpec}
+    )
     selector: SelectorSpec = option(PooledSpec(), "which key blocks a query block visits", kind="selector")
     far: FarSpec = option(DropSpec(), "what the other key blocks give", kind="far_field")
     kernel: str = option("auto", "a registered kernel that takes block maps, or auto")

@@ -1,0 +1,246 @@
+"""The selector of VMoBA (arXiv 2506.23858): key blocks by ``q · k̄``, chosen for each query or for all queries of a head.
+
+A query's own block is always chosen, and counts. By mass: scores are moved and scaled to [0, 1] over the blocks of the query
+(or over all pairs of the head), and the highest are taken until their sum reaches `p` of the whole, at least one beside the own
+block. By number: `count` blocks per query, own block included, or as many as that on average over a head's queries.
+
+Over a head, scores are made a few rows at a time and made again: the lowest score that is taken is found digit by digit
+(16 bits of the float at a time), so no map of scores is ever held. Pairs that score exactly as much are all taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import Problem
+from ...ops.blocks import block_counts
+from ...spec import Site, option
+from .orders import Place
+from .scene import SCORES, SCORES_ELSEWHERE, Rows, Scene, in_steps
+from .selectors import Bounds, SelectorSpec
+
+_DIGIT = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedSpec(SelectorSpec):
+    """Own blocks and the best of the others, by a threshold on their mass or by number."""
+
+    name: ClassVar[str] = "routed"
+
+    scope: Literal["query", "head"] = option("head", "what is ranked: one query's blocks, or all pairs of a head")
+    p: float = option(0.25, "mass of the scores, moved and scaled to 0 … 1, that is kept", gt=0, le=1)
+    count: int | None = option(None, "blocks per query, own one included, instead of p; at most all", ge=1)
+    expected: float = option(0.18, "kept share that a plan assumes for p; the data decides", gt=0, le=1)
+
+    def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
+        sizes = np.sort(place.keys.sizes[: place.selectable])
+        queries, everything = place.queries.tokens, int(sizes.sum())
+        if self.keeps_all() or (self.count is not None and self.count >= len(sizes)):
+            return Bounds(*[queries * everything] * 3)
+        if self.count is not None:
+            few, many = int(sizes[: self.count].sum()), int(sizes[len(sizes) - self.count :].sum())
+            # over a head, pairs that tie with the last one are kept too
+            most = everything if self.scope == "head" else many
+            return Bounds(queries * few, round(queries * self.count * float(sizes.mean())), queries * most)
+        # with a single block there is no other; over a head a single query may have the one that is
+        least = queries * int(sizes[0])
+        return Bounds(least, max(least, round(queries * self.expected * everything)), queries * everything)
+
+    def flops(self, place: Place, site: Site) -> int:
+        passes = 1 if self.scope == "query" or self.keeps_all() else 4
+        return passes * 2 * place.queries.count * place.selectable * site.inner
+
+    def keeps_all(self) -> bool:
+        return self.count is None and self.p == 1
+
+    def place_problems(self, place: Place, site: Site) -> list[Problem]:
+        return []
+
+    def build(self, site: Site) -> nn.Module:
+        return _Routed(self)
+
+
+class _Routed(nn.Module):
+    """Scores, own blocks, and the cut between what is kept and what is not."""
+
+    def __init__(self, spec: RoutedSpec):
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, scene: Scene) -> Rows:
+        spec, most = self.spec, scene.place.selectable
+        own = _own_blocks(scene)
+        counts = scene.counts[:, :, :most].transpose(-1, -2)  # (B | 1, 1, 1, blocks)
+        asked = block_counts(scene.place.queries, scene.q.device, scene.query_valid) > 0
+
+        def scores(lo: int, hi: int) -> Tensor:
+            found = scene.scale * (scene.q_means[:, :, lo:hi] @ scene.k_means[:, :, :most].transpose(-1, -2))
+            return found.masked_fill(counts == 0, float("-inf"))
+
+        def rows(lo: int, hi: int) -> Tensor:
+            found, mine = scores(lo, hi), own(lo, hi)
+            # a query that is not real takes nothing, and counts for nothing
+            found = found.masked_fill(~asked[:, :, lo:hi], float("-inf"))
+            if spec.keeps_all() or (spec.count is not None and spec.count >= most):
+                return found > float("-inf")
+            if spec.scope == "query":
+                return _of_queries(spec, found, mine)
+            others = found.masked_fill(mine, float("-inf"))
+            return (mine | (_ordinal(others) >= scene.once("routed", cut)[..., None, None])) & (found > float("-inf"))
+
+        def cut() -> Tensor:
+            return _Cut(scene, scores, own, asked).find(spec)
+
+        return in_steps(rows, scene.q, most)
+
+
+def _of_queries(spec: RoutedSpec, scores: Tensor, own: Tensor) -> Tensor:
+    """Bool like `scores` (B, heads, rows, blocks): what each row takes."""
+    real = scores > float("-inf")
+    own = own & real
+    others = scores.masked_fill(own, float("-inf"))
+    order = others.argsort(dim=-1, descending=True, stable=True)
+    if spec.count is not None:
+        wanted = torch.arange(scores.shape[-1], device=scores.device) < spec.count - own.sum(-1, keepdim=True)
+    else:
+        weights = _scaled(scores, real, (-1,))
+        total = weights.sum(-1, keepdim=True)
+        need = spec.p * total - (weights * own).sum(-1, keepdim=True)
+        reached = (weights * ~own).gather(-1, order).cumsum(-1)
+        wanted = (torch.nn.functional.pad(reached, (1, -1)) < need) | (total == 0)
+        wanted[..., 0] = True
+    chosen = torch.zeros_like(real).scatter_(-1, order, wanted)
+    return (chosen | own) & real
+
+
+def _scaled(scores: Tensor, real: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Real scores moved and scaled to 0 … 1 over `dims`; 0 where all are equal or none is real."""
+    low = scores.masked_fill(~real, float("inf")).amin(dims, keepdim=True)
+    high = scores.masked_fill(~real, float("-inf")).amax(dims, keepdim=True)
+    return _between(scores, low, high).masked_fill(~real, 0.0)
+
+
+def _between(scores: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    spread = high - low
+    return (scores - low) / torch.where(spread > 0, spread, torch.ones_like(spread))
+
+
+def _own_blocks(scene: Scene) -> Callable[[int, int], Tensor]:
+    """``own(lo, hi)``: bool (1, 1, hi - lo, selectable), which key blocks hold a token of query block lo..hi."""
+    place, device = scene.place, scene.q.device
+    grid = place.grid.tokens
+    at = {row: grid + i for i, row in enumerate(place.key_rows)}
+    keys = np.concatenate([np.arange(grid), np.array([at.get(row, -1) for row in place.query_rows], dtype=np.int64)])
+    block = np.searchsorted(np.asarray(place.keys.starts), keys, side="right") - 1
+    block[(keys < 0) | (block >= place.selectable)] = -1
+    starts = np.asarray(place.queries.starts)
+    query = np.repeat(np.arange(place.queries.count), place.queries.sizes)
+
+    def own(lo: int, hi: int) -> Tensor:
+        tokens = slice(starts[lo], starts[hi])
+        some = block[tokens] >= 0
+        found = torch.zeros(hi - lo, place.selectable, dtype=torch.bool, device=device)
+        rows = torch.as_tensor(query[tokens][some] - lo, device=device)
+        found[rows, torch.as_tensor(block[tokens][some], device=device)] = True
+        return found[None, None]
+
+    return own
+
+
+def _ordinal(scores: Tensor) -> Tensor:
+    """Integers in the order of the floats."""
+    whole = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    # -0.0 and 0.0 are one score
+    bits = (scores + 0.0).contiguous().view(whole)
+    return torch.where(bits < 0, bits ^ torch.iinfo(whole).max, bits).long()
+
+
+class _Cut:
+    """The lowest score that a head takes, over all its queries."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        scores: Callable[[int, int], Tensor],
+        own: Callable[[int, int], Tensor],
+        asked: Tensor,
+    ):
+        self.queries, self.scores, self.own, self.asked = scene.place.queries.count, scores, own, asked
+        self.shape, self.device = scene.q.shape[:2], scene.q.device
+        held = SCORES.get(self.device.type, SCORES_ELSEWHERE)
+        self.step = max(1, held // (self.shape[0] * self.shape[1] * scene.place.selectable))
+        self.bits = 64 if scene.q.dtype == torch.float64 else 32
+
+    def steps(self) -> list[tuple[int, int]]:
+        return [(lo, min(lo + self.step, self.queries)) for lo in range(0, self.queries, self.step)]
+
+    def part(self, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, which are real, and which of those are a query's own: (B, heads, rows, blocks)."""
+        found = self.scores(lo, hi)
+        real = (found > float("-inf")) & self.asked[:, :, lo:hi]
+        return found, real, self.own(lo, hi) & real
+
+    @torch.no_grad()
+    def find(self, spec: RoutedSpec) -> Tensor:
+        """Ordinals (B, heads), int64."""
+        low = torch.full(self.shape, float("inf"), device=self.device, dtype=torch.float64)
+        high, kept, rows = -low, torch.zeros_like(low), torch.zeros_like(low)
+        for lo, hi in self.steps():
+            found, real, own = self.part(lo, hi)
+            low = torch.minimum(low, found.masked_fill(~real, float("inf")).amin((2, 3)))
+            high = torch.maximum(high, found.masked_fill(~real, float("-inf")).amax((2, 3)))
+            kept, rows = kept + own.sum((2, 3)), rows + real.any(-1).sum(-1)
+        if spec.count is not None:
+            need = spec.count * rows - kept
+            return torch.where(need > 0, self._descend(need, None), torch.iinfo(torch.int64).max)
+        ends = (low[..., None, None], high[..., None, None])
+        total, mine = torch.zeros_like(low), torch.zeros_like(low)
+        for lo, hi in self.steps():
+            found, real, own = self.part(lo, hi)
+            weights = _between(found.double(), *ends).masked_fill(~real, 0.0)
+            total, mine = total + weights.sum((2, 3)), mine + (weights * own).sum((2, 3))
+        need = torch.where(total > 0, spec.p * total - mine, float("inf"))
+        return self._descend(need, ends)
+
+    def _descend(self, need: Tensor, ends: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The highest ordinal at which the pairs from there up weigh `need`, or number that many where `ends` is None."""
+        bins, pairs = 1 << _DIGIT, self.shape[0] * self.shape[1]
+        prefix = torch.zeros(self.shape, dtype=torch.int64, device=self.device)
+        for shift in range(self.bits - _DIGIT, -1, -_DIGIT):
+            first = shift == self.bits - _DIGIT
+            numbers = torch.zeros(pairs * bins, dtype=torch.float64, device=self.device)
+            weights = torch.zeros_like(numbers)
+            for lo, hi in self.steps():
+                found, real, own = self.part(lo, hi)
+                ordinal = _ordinal(found)
+                some = real & ~own
+                if not first:
+                    some &= (ordinal >> (shift + _DIGIT)) == prefix[..., None, None]
+                # the first digit has the sign
+                digit = (ordinal >> shift) + bins // 2 if first else (ordinal >> shift) & (bins - 1)
+                head = torch.arange(pairs, device=self.device).view(*self.shape, 1, 1) * bins
+                at = (head + digit)[some]
+                numbers += torch.bincount(at, minlength=pairs * bins)
+                if ends is not None:
+                    each = _between(found.double(), *ends)[some]
+                    weights += torch.bincount(at, weights=each, minlength=pairs * bins)
+            count, weight = (
+                z.view(*self.shape, bins).flip(-1) for z in (numbers, numbers if ends is None else weights)
+            )
+            above = weight.cumsum(-1)
+            enough = (above >= need[..., None]) & (count > 0)
+            # where rounding lets nothing reach, the last that there is
+            last = bins - 1 - (count > 0).int().flip(-1).argmax(-1)
+            place = torch.where(enough.any(-1), enough.int().argmax(-1), last)
+            before = above.gather(-1, place[..., None])[..., 0] - weight.gather(-1, place[..., None])[..., 0]
+            need = need - before
+            found_digit = bins - 1 - place
+            prefix = found_digit - bins // 2 if first else (prefix << _DIGIT) | found_digit
+        return prefix
