@@ -78,9 +78,33 @@ def program(settings: Settings) -> Any:
         del version, debug, plugin
         _load_plugins(settings)
 
-    from . import building, checking, describing, environment, listing, newplugin, planning, schema, showing
+    from . import (
+        building,
+        checking,
+        converting,
+        describing,
+        environment,
+        evaluating,
+        listing,
+        newplugin,
+        planning,
+        schema,
+        showing,
+    )
 
-    for module in (planning, checking, building, listing, describing, schema, showing, newplugin, environment):
+    for module in (
+        planning,
+        checking,
+        building,
+        converting,
+        listing,
+        describing,
+        schema,
+        showing,
+        evaluating,
+        newplugin,
+        environment,
+    ):
         app.command(module.NAME, epilog=GLOBALS)(module.command)
     return typer.main.get_command(app)
 
