@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from ..errors import Problem
 from ..grid import Grid
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Site, Start, Traits, option
+from .block_sparse import BlockSparseSpec
 from .branched import BranchedSpec, BranchSpec
 from .contract import Attention, Call, Extra, Host, Positions
 from .full import FullSpec
+from .linear import LinearSpec
 from .parts.adapt import LoraSpec
 from .parts.compressors import DepthwiseConvSpec
 from .parts.layouts import WindowsSpec
+from .parts.orders import RasterSpec
+from .parts.rules import TopKSpec
+from .parts.selectors import PooledSpec
 
 
 def head_range(key: str) -> tuple[int, ...]:
@@ -99,7 +104,11 @@ class ByHeadSpec(AttentionSpec):
         costs = [(key, heads, spec.cost(_site_of(site, heads))) for key, heads, spec in self._heads()]
 
         def average(field: str) -> int:
-            value = sum(len(heads) * (getattr(cost, field) or cost.pairs) for _, heads, cost in costs)
+            value = 0
+            for _, heads, cost in costs:
+                own = getattr(cost, field)
+                # a group that does not say has its pairs; 0 is a number
+                value += len(heads) * (cost.pairs if own is None else own)
             return round(value / site.heads)
 
         rows = tuple(
@@ -148,6 +157,8 @@ class ByHeadSpec(AttentionSpec):
         worst = worst or next((t.start for t in traits if t.start.kind != "exact"), Start("exact", "every group is"))
         targets = [t.export for t in traits]
         low = [max(t.min_grid[axis] for t in traits) for axis in range(3)]
+        # what groups say of themselves, once each
+        notes = dict.fromkeys(t.notes for t in traits if t.notes)
         return Traits(
             start=worst,
             needs=frozenset().union(*(t.needs for t in traits)),
@@ -157,6 +168,11 @@ class ByHeadSpec(AttentionSpec):
             extra=all(t.extra for t in traits),
             key_valid=all(t.key_valid for t in traits),
             min_grid=(low[0], low[1], low[2]),
+            selects=any(t.selects for t in traits),
+            softmax=all(t.softmax for t in traits),
+            fullgraph=all(t.fullgraph for t in traits),
+            frozen=tuple(f"groups.{i}.{name}" for i, t in enumerate(traits) for name in t.frozen),
+            notes="; ".join(notes),
         )
 
     @classmethod
@@ -167,8 +183,12 @@ class ByHeadSpec(AttentionSpec):
             "0,2": BranchedSpec(branches={"near": BranchSpec(layout=WindowsSpec(counts=2)), "far": coarse}),
             "1": FullSpec(),
         }
+        top = PooledSpec(rule=TopKSpec(share=0.4), project=True)
+        sparse = BlockSparseSpec(order=RasterSpec(block=6), selector=top)
         return [
             (cls(groups=mixed), site),
+            (cls(groups={"1": sparse, "0,2": FullSpec()}), site.at(qk_norm=False)),
+            (cls(groups={"0-1": LinearSpec(), "2": FullSpec()}), site.at(grid=Grid(2, 3, 4))),
             (cls(groups={"0-1": FullSpec(), "2": FullSpec()}), site.at(grid=Grid(1, 4, 3))),
         ]
 
