@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+import ultrazoo
 from tests.oracles.monarch import monarch as oracle
 from ultrazoo.attention import monarch as module
 from ultrazoo.attention.by_head import ByHeadSpec
 from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.monarch import MonarchSpec
-from ultrazoo.errors import SiteError
 from ultrazoo.grid import Grid
 from ultrazoo.kernels import record
 from ultrazoo.options import parse_part
@@ -197,21 +197,61 @@ def test_inside_a_group_of_heads() -> None:
         assert_close("output", scenario.run(), case.host.out(heads), 1e-9)
 
 
-def test_sizes_that_do_not_divide_are_named_with_legal_values() -> None:
-    spec = MonarchSpec(f_tied=2, h_reduce=3, w_reduce=5)
-    found = {problem.path: problem for problem in spec.problems(SITE)}
-    assert set(found) == {"f_tied", "h_reduce", "w_reduce"}
-    assert found["h_reduce"].rule == "3 does not divide H = 4"
-    assert found["h_reduce"].fix == "use one of 1, 2, 4"
-    assert found["f_tied"].fix == "use one of 1, 3"
-    assert found["w_reduce"].fix == "use one of 1, 2, 3, 6"
-    assert [p.path for p in MonarchSpec(f_tied=3).problems(SITE.at(grid=Grid(1, 4, 6)))] == ["f_tied"]
-    assert [p.path for p in MonarchSpec(w_reduce=12).problems(SITE)] == ["w_reduce"]
-    with pytest.raises(SiteError, match="3 does not divide H = 4; use one of 1, 2, 4"):
-        MonarchSpec(h_reduce=3).build(SITE)
-    scenario = scenario_of(MonarchSpec(h_reduce=2))
-    with pytest.raises(SiteError, match="2 does not divide H = 5"):
-        Scenario(replace(scenario.example), torch.float64, grid=Grid(3, 5, 6))
+RAGGED: list[tuple[dict[str, int], tuple[int, int, int]]] = [
+    ({"h_reduce": 3}, (2, 5, 4)),
+    ({"w_reduce": 2}, (1, 3, 7)),
+    ({"f_tied": 2}, (3, 4, 5)),
+    ({"f_tied": 4, "h_reduce": 2, "w_reduce": 3}, (5, 3, 7)),
+    ({"f_tied": 9, "h_reduce": 9, "w_reduce": 9}, (2, 3, 4)),
+    ({"h_reduce": 4, "iterations": 2}, (2, 5, 3)),
+    ({"f_tied": 2, "w_reduce": 4, "iterations": 3}, (3, 3, 5)),
+]
+
+
+@pytest.mark.parametrize(("options", "grid"), RAGGED, ids=str)
+@pytest.mark.parametrize("holes", [False, True], ids=["", "holes"])
+def test_sizes_that_do_not_divide(options: dict[str, int], grid: tuple[int, int, int], holes: bool) -> None:
+    """The last tile of an axis is shorter; what it lacks is never seen, and pairs are counted as they are computed."""
+    spec, site = MonarchSpec(**options), SITE.at(grid=Grid(*grid))  # type: ignore[arg-type]
+    assert spec.problems(site) == []
+    scenario = scenario_of(spec, site, extra=True, key_valid=holes)
+    with torch.no_grad(), record() as runs:
+        got = scenario.run()
+    for name, one, expected in pair_up(got, oracle(scenario.case())):
+        real = scenario.key_valid if holes and one.shape[1] == site.tokens else slice(None)
+        assert_close(name, one[real], expected[real], 1e-10)
+    counted = sum(run.pairs for run in runs)
+    assert scenario.extra is not None
+    with_text = site.at(extra=(Segment("text", scenario.extra.k.shape[1]),))
+    assert counted == 2 * site.heads * spec.cost(with_text).pairs
+
+
+def test_gradients_at_sizes_that_do_not_divide() -> None:
+    scenario = scenario_of(MonarchSpec(f_tied=2, h_reduce=3, w_reduce=4, iterations=2), SITE.at(grid=Grid(3, 4, 5)))
+    case = scenario.case(requires_grad=True)
+    oracle(case).square().sum().backward()  # type: ignore[union-attr]
+    x = scenario.x.detach().clone().requires_grad_()
+    scenario.run(x).square().sum().backward()
+    assert x.grad is not None
+    assert case.x.grad is not None
+    assert_close("x", x.grad, case.x.grad, 1e-9)
+
+
+def test_tiles_of_sizes_that_do_not_divide() -> None:
+    """5 rows in 4 bands are three bands of at most 2; more bands than rows are rows; a lone frame is tied to none."""
+    spec = MonarchSpec(f_tied=3, h_reduce=4, w_reduce=9)
+    assert spec.tiles((1, 5, 4)) == ((1, 3, 4), (1, 2, 1))
+    assert spec.cube((1, 5, 4)) == (12, 2, 1)
+    assert spec.tiles((7, 8, 18)) == ((3, 4, 9), (3, 2, 2))
+
+
+def test_a_number_that_divides_no_common_size_can_be_made_and_called() -> None:
+    """Sizes come with each call: nothing is refused at the size that stands for them all."""
+    made = ultrazoo.create_attention("monarch", dim=16, heads=2, h_reduce=3, w_reduce=5, f_tied=7)
+    for grid in ((7, 6, 10), (4, 5, 7)):
+        x = torch.randn(1, grid[0] * grid[1] * grid[2], 16)
+        with torch.no_grad():
+            assert bool(made(x, grid).isfinite().all())
 
 
 @pytest.mark.parametrize(

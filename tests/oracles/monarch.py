@@ -8,6 +8,7 @@ join the softmax of L.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,12 +22,19 @@ def monarch(case: Case) -> Tensor | tuple[Tensor, Tensor]:
     options = plain(case.spec)
     places = places_of(case.grid, options)
     frames, rows, columns = (max(place[axis] for place in places) + 1 for axis in range(3))
-    order = sorted(range(len(places)), key=lambda n: places[n])
     grid = grid_of(case.grid)
-    q = case.host.split(case.host.raw(case.x, "q"), "q", grid)[:, order]
-    k = case.host.split(case.host.raw(case.x, "k"), "k", grid)[:, order]
-    v = case.host.split(case.host.raw(case.x, "v"), "v")[:, order]
-    real = torch.ones(case.x.shape[:2], dtype=torch.bool) if case.key_valid is None else case.key_valid[:, order]
+    known = torch.ones(case.x.shape[:2], dtype=torch.bool) if case.key_valid is None else case.key_valid
+
+    def placed(z: Tensor) -> Tensor:
+        """(B, N, …) → (B, frames * rows * columns, …); places without a token are zero, and not real."""
+        out = z.new_zeros(z.shape[0], frames * rows * columns, *z.shape[2:])
+        return out.index_copy(1, at, z)
+
+    at = torch.tensor([(f * rows + y) * columns + x for f, y, x in places])
+    q = placed(case.host.split(case.host.raw(case.x, "q"), "q", grid))
+    k = placed(case.host.split(case.host.raw(case.x, "k"), "k", grid))
+    v = placed(case.host.split(case.host.raw(case.x, "v"), "v"))
+    real = placed(known)
     samples = []
     for b in range(q.shape[0]):
         heads = []
@@ -34,34 +42,34 @@ def monarch(case: Case) -> Tensor | tuple[Tensor, Tensor]:
             cube = (frames, rows, columns)
             more = None
             if case.extra is not None:
-                known = case.extra.key_mask
+                mask = case.extra.key_mask
                 more = (
                     case.extra.k[b, :, head],
                     case.extra.v[b, :, head],
-                    torch.ones(case.extra.k.shape[1], dtype=torch.bool) if known is None else known[b],
+                    torch.ones(case.extra.k.shape[1], dtype=torch.bool) if mask is None else mask[b],
                 )
             parts = (q[b, :, head].reshape(*cube, -1), k[b, :, head].reshape(*cube, -1), v[b, :, head])
             heads.append(one_head(*parts, real[b].reshape(cube), more, options["iterations"]))
         samples.append(torch.cat(heads, -1))
-    back = torch.tensor(order).argsort()
-    y = case.host.out(torch.stack(samples)[:, back])
+    y = case.host.out(torch.stack(samples)[:, at])
     extra = extra_rows(case)
     return y if extra is None else (y, extra)
 
 
 def places_of(grid: tuple[int, int, int], options: dict[str, Any]) -> list[tuple[int, int, int]]:
     """(frame, row, column) of every token after sub-tiling: a tile of a frame counts as a frame of its own, and the rows of
-    `f_tied` frames as rows of one."""
+    `f_tied` frames as rows of one. Tiles are as many as asked for or fewer, all but the last of an axis equally long."""
     t, h, w = grid
-    tied, bands, strips = options["f_tied"], options["h_reduce"], options["w_reduce"]
-    out = []
+    height, width = math.ceil(h / options["h_reduce"]), math.ceil(w / options["w_reduce"])
+    tied = options["f_tied"]
+    found = []
     for time in range(t):
         for y in range(h):
             for x in range(w):
-                height, width = h // bands, w // strips
-                frame = (time // tied * bands + y // height) * strips + x // width
-                out.append((frame, time % tied * height + y % height, x % width))
-    return out
+                tile = (time // tied, y // height, x // width)
+                found.append((tile, time % tied * height + y % height, x % width))
+    numbers = {tile: n for n, tile in enumerate(sorted({tile for tile, _, _ in found}))}
+    return [(numbers[tile], row, column) for tile, row, column in found]
 
 
 def one_head(

@@ -9,12 +9,15 @@ Both factors go through the kernel door: entropy(R) is R's log-sum-exp less ``s 
 key. Sub-tiling follows the released code (34867c0): `h_reduce` bands of rows and `w_reduce` strips of columns count as
 frames of their own, the rows of `f_tied` frames as rows of one. The block-causal and cached forms are left out.
 
-Ours, where the source has whole rectangular frames and no text: extra keys join the softmax of L; a row of keys without a
-real token is left out; where the token at row k is not real, R looks with a query of zero.
+Ours, where the source has whole rectangular frames, sizes that divide and no text: extra keys join the softmax of L; a row
+of keys without a real token is left out; where the token at row k is not real, R looks with a query of zero. Where a number
+does not divide its axis, the last band, strip or group of frames is shorter (there may be fewer of them than asked for):
+its missing tokens are not real, so they are computed and never seen.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import Problem, listed
+from ..errors import Problem
 from ..grid import Grid
 from ..kernels import attend
 from ..ops.precision import wide_dtype
@@ -54,53 +57,55 @@ class MonarchSpec(AttentionSpec):
     )
 
     iterations: int = option(1, "alternations of R and L", ge=1)
-    h_reduce: int = option(1, "bands of rows that count as frames; divides H", ge=1)
-    w_reduce: int = option(1, "strips of columns that count as frames; divides W", ge=1)
-    f_tied: int = option(1, "frames whose rows count as rows of one frame; divides T", ge=1)
+    h_reduce: int = option(1, "bands of rows that count as frames; the last may be shorter", ge=1)
+    w_reduce: int = option(1, "strips of columns that count as frames; the last may be narrower", ge=1)
+    f_tied: int = option(1, "frames whose rows count as rows of one frame; the last may be fewer", ge=1)
     kernel: str = option(
         "auto", "a registered kernel, or auto, for L and extra rows; R wants a log-sum-exp and takes auto"
     )
 
     def problems(self, site: Site) -> list[Problem]:
-        found = kernel_problems(self.kernel)
-        wanted = (("f_tied", self.f_tied, "T"), ("h_reduce", self.h_reduce, "H"), ("w_reduce", self.w_reduce, "W"))
-        for (name, number, axis), length in zip(wanted, site.grid, strict=True):
-            if length % number:
-                legal = listed(str(n) for n in range(1, length + 1) if length % n == 0)
-                found.append(Problem(name, f"{number} does not divide {axis} = {length}", f"use one of {legal}"))
-        return found
+        return kernel_problems(self.kernel)
 
     @property
     def tiled(self) -> bool:
         return (self.f_tied, self.h_reduce, self.w_reduce) != (1, 1, 1)
 
-    def cube(self, grid: Grid) -> tuple[int, int, int]:
-        """(frames, rows, columns) after sub-tiling."""
-        frames = grid.t // self.f_tied * self.h_reduce * self.w_reduce
-        return frames, grid.h // self.h_reduce * self.f_tied, grid.w // self.w_reduce
+    def tiles(self, grid: Sequence[int]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """How many groups of frames, bands and strips there are, and how many frames, rows and columns the largest has."""
+        t, h, w = grid
+        size = (min(self.f_tied, t), -(-h // self.h_reduce), -(-w // self.w_reduce))
+        return (-(-t // size[0]), -(-h // size[1]), -(-w // size[2])), size
+
+    def cube(self, grid: Sequence[int]) -> tuple[int, int, int]:
+        """(frames, rows, columns) after sub-tiling; the missing tokens of shorter tiles included."""
+        (groups, bands, strips), (tied, height, width) = self.tiles(grid)
+        return groups * bands * strips, height * tied, width
 
     def cost(self, site: Site) -> Cost:
         tokens, inner, extra = site.tokens, site.inner, site.extra_tokens
         frames, rows, columns = self.cube(site.grid)
-        along, across = tokens * frames * columns, tokens * frames * rows
+        # where sub-tiling does not divide, more than there are tokens
+        places = frames * rows * columns
+        along, across, beside = places * frames * columns, places * frames * rows, places * extra
         more = self.iterations - 1
         # a refinement needs mean keys alone of R, log-sum-exps alone of L, and the mean queries
-        row_pairs, column_pairs = along * (1 + more), across * (1 + 2 * more) + tokens * extra * (1 + more)
+        row_pairs, column_pairs = along * (1 + more), across * (1 + 2 * more) + beside * (1 + more)
         row_flops = along * inner * (6 + 4 * more)
-        column_flops = 4 * (across + tokens * extra) * inner
-        column_flops += more * (2 * (across + tokens * extra) * (inner + site.heads) + 4 * across * inner)
+        column_flops = 4 * (across + beside) * inner
+        column_flops += more * (2 * (across + beside) * (inner + site.heads) + 4 * across * inner)
         extra_pairs = extra * (tokens + extra)
         qkv = 2 * tokens * site.dim * 3 * site.width
         # means of every column of every query frame, unless they come in chunks
-        means = frames * tokens
+        means = frames * places
         at_once = max(frames * rows, min(means, CHUNK_BYTES_ELSEWHERE // (2 * COPIES * inner)))
         return Cost(
             pairs=row_pairs + column_pairs + extra_pairs,
             attention_flops=row_flops + column_flops + 4 * extra_pairs * inner,
             qkv_flops=qkv,
             out_flops=2 * tokens * inner * site.dim,
-            peak_elements=5 * tokens * site.width + COPIES * at_once * inner,
-            saved_elements=(7 + 2 * site.qk_norm) * tokens * site.width + SAVED * (at_once == means) * means * inner,
+            peak_elements=(tokens + 4 * places) * site.width + COPIES * at_once * inner,
+            saved_elements=(7 + 2 * site.qk_norm) * places * site.width + SAVED * (at_once == means) * means * inner,
             branches=(
                 BranchCost("along_rows", row_pairs, row_flops, qkv),
                 BranchCost("across_rows", column_pairs + extra_pairs, column_flops + 4 * extra_pairs * inner),
@@ -117,7 +122,7 @@ class MonarchSpec(AttentionSpec):
     def traits(self) -> Traits:
         notes = "full attention where H or W is 1"
         if self.tiled:
-            notes += "; sub-tiling wants sizes that divide, which are plain ints"
+            notes += "; sub-tiling wants sizes that are plain ints"
         return Traits(
             start=Start("needs tuning", "MonarchRT, arXiv 2602.12271: 600 iterations of Self-Forcing; runs without"),
             export=() if self.tiled else ("pt2",),
@@ -137,6 +142,7 @@ class MonarchSpec(AttentionSpec):
             (cls(iterations=3), image),
             (cls(iterations=2), text),
             (cls(h_reduce=2, w_reduce=3), bare),
+            (cls(f_tied=2, h_reduce=3, w_reduce=4), text.at(grid=Grid(3, 4, 5))),
         ]
 
 
@@ -149,7 +155,7 @@ class MonarchAttention(Attention):
             refuse_segments(spec.name, call.extra)
         q, k, v = host.heads(*host.project(x, "qkv"), grid_positions(call.grid, x.device))  # (B, N, heads, D)
         assert q is not None and k is not None and v is not None
-        valid = None if call.key_valid is None else self._cubes(call.key_valid, call.grid)
+        valid = self._real(call, x)
         factors = Factors(spec, self._cubes(k, call.grid), self._cubes(v, call.grid), valid, call.extra)
         # (B, frames, rows, columns, heads, D)
         y = self._tokens(self._in_chunks(factors, self._cubes(q, call.grid), valid), call.grid)
@@ -182,25 +188,44 @@ class MonarchAttention(Attention):
             parts.append(torch.cat(across, dim=3))
         return torch.cat(parts, dim=1)
 
-    def _cubes(self, z: Tensor, grid: Sequence[int]) -> Tensor:
-        """(B, N, …) → (B, frames, rows, columns, …)."""
+    def _real(self, call: Call, x: Tensor) -> Tensor | None:
+        """Which places of the cubes hold a real token, bool (B, frames, rows, columns); None: all."""
         spec: Any = self.spec
+        valid = call.key_valid
+        if valid is None and math.prod(spec.cube(call.grid)) == x.shape[1]:
+            return None
+        if valid is None:
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return self._cubes(valid, call.grid)
+
+    def _cubes(self, z: Tensor, grid: Sequence[int]) -> Tensor:
+        """(B, N, …) → (B, frames, rows, columns, …), zero where a tile lacks tokens."""
+        spec: Any = self.spec
+        z = z.unflatten(1, (grid[0], grid[1], grid[2]))
         if not spec.tiled:
-            return z.unflatten(1, (grid[0], grid[1], grid[2]))
-        t, h, w = grid[0] // spec.f_tied, grid[1] // spec.h_reduce, grid[2] // spec.w_reduce
-        z = z.unflatten(1, (t, spec.f_tied, spec.h_reduce, h, spec.w_reduce, w))
+            return z
+        (t, bands, strips), (tied, h, w) = spec.tiles(grid)
+        missing = [
+            count * size - have for count, size, have in zip((t, bands, strips), (tied, h, w), grid, strict=True)
+        ]
+        if any(missing):
+            ends = [(0, 0)] * (z.dim() - 4) + [(0, lack) for lack in reversed(missing)]
+            z = F.pad(z, [number for pair in ends for number in pair])
+        z = z.unflatten(3, (strips, w)).unflatten(2, (bands, h)).unflatten(1, (t, tied))
+        # (B, t, tied, bands, h, strips, w, …)
         rest = range(7, z.dim())
         return z.permute(0, 1, 3, 5, 2, 4, 6, *rest).flatten(4, 5).flatten(1, 3)
 
     def _tokens(self, z: Tensor, grid: Sequence[int]) -> Tensor:
         """(B, frames, rows, columns, heads, D) → (B, N, heads, D)."""
         spec: Any = self.spec
-        if not spec.tiled:
-            return z.flatten(1, 3)
-        h = grid[1] // spec.h_reduce
-        z = z.unflatten(2, (spec.f_tied, h)).unflatten(1, (-1, spec.h_reduce, spec.w_reduce))
-        # (B, t, bands, strips, tied, h, w, heads, D)
-        return z.permute(0, 1, 4, 2, 5, 3, 6, 7, 8).flatten(1, 6)
+        if spec.tiled:
+            (t, bands, strips), (tied, h, _) = spec.tiles(grid)
+            z = z.unflatten(2, (tied, h)).unflatten(1, (t, bands, strips))
+            # (B, t, bands, strips, tied, h, w, heads, D)
+            z = z.permute(0, 1, 4, 2, 5, 3, 6, 7, 8).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+            z = z[:, : grid[0], : grid[1], : grid[2]]
+        return z.flatten(1, 3)
 
 
 class Factors:
