@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ultrazoo.attention.parts.orders import RasterSpec, TilesSpec
-from ultrazoo.attention.parts.selectors import PooledSpec, SelectorSpec, SinkSpec, UnionSpec
+from ultrazoo.attention.parts.selectors import BandSpec, PooledSpec, SelectorSpec, SinkSpec, UnionSpec
 from ultrazoo.attention.parts.sliding import SlidingSpec
 from ultrazoo.grid import Grid
 from ultrazoo.spec import Site
@@ -59,3 +59,23 @@ def test_static_selectors_that_overlap_are_counted_once() -> None:
     two = UnionSpec(of=(PooledSpec(), SinkSpec(frames=1), SinkSpec(frames=2)))
     one = UnionSpec(of=(PooledSpec(), SinkSpec(frames=2)))
     assert two.bounds(place, at) == one.bounds(place, at)
+
+
+@pytest.mark.parametrize("block", [8, (8, 3), (5, 12), 1], ids=str)
+@pytest.mark.parametrize("width", [0, 1, 4, 100])
+def test_pairs_of_a_band(block: int | tuple[int, ...], width: int) -> None:
+    at = site(Grid(3, 5, 7))
+    place = RasterSpec(block=block).place(at.grid)
+    spec = BandSpec(width=width)
+    queries, keys = place.queries, place.keys
+    pairs = 0
+    for row in range(queries.count):
+        first, end = max(row - width, 0), min(row + width + 1, queries.count)
+        near = range(queries.starts[first], queries.starts[end])
+        for column in range(keys.count):
+            if any(token in near for token in range(keys.starts[column], keys.starts[column + 1])):
+                pairs += int(queries.sizes[row] * keys.sizes[column])
+                assert spec.map(place, at, row, row + 1)[0, 0, column]
+    assert set(spec.bounds(place, at)) == {pairs}
+    held = spec.map(place, at, 0, queries.count)[0]
+    assert int(queries.sizes @ held @ keys.sizes) == pairs

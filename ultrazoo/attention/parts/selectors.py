@@ -154,12 +154,26 @@ class BandSpec(SelectorSpec):
     width: int = option(1, "blocks to either side", ge=0)
 
     def map(self, place: Place, site: Site, lo: int, hi: int) -> np.ndarray:
-        # blocks of queries and keys may differ in size: a key block is near if any of its tokens' blocks is
-        q_starts, k_starts = np.asarray(place.queries.starts), np.asarray(place.keys.starts)
-        first = np.maximum(q_starts[np.maximum(np.arange(lo, hi) - self.width, 0)], 0)
-        last = q_starts[np.minimum(np.arange(lo, hi) + self.width + 1, place.queries.count)]
-        k_first, k_end = k_starts[: place.selectable], k_starts[1 : place.selectable + 1]
-        return ((k_end[None, :] > first[:, None]) & (k_first[None, :] < last[:, None]))[None]
+        first, end = self._near(place, lo, hi)
+        at = np.arange(place.selectable)
+        return ((at >= first[:, None]) & (at < end[:, None]))[None]
+
+    def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
+        first, end = self._near(place, 0, place.queries.count)
+        starts = np.asarray(place.keys.starts)
+        total = int(place.queries.sizes @ (starts[end] - starts[first]))
+        return Bounds(total, total, total)
+
+    def _near(self, place: Place, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
+        """First key block and end for query blocks lo..hi.
+
+        Blocks of queries and keys may differ in size: a key block is near if any of its tokens' blocks is.
+        """
+        starts, at = np.asarray(place.queries.starts), np.arange(lo, hi)
+        first = starts[np.maximum(at - self.width, 0)]
+        end = starts[np.minimum(at + self.width + 1, place.queries.count)]
+        keys = np.asarray(place.keys.starts[: place.selectable + 1])
+        return np.searchsorted(keys[1:], first, side="right"), np.searchsorted(keys[:-1], end, side="left")
 
 
 @dataclass(frozen=True, kw_only=True)
