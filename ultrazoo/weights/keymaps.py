@@ -8,7 +8,9 @@ the native backbones, which follow the original Wan 2.1 layout; extra parameters
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,6 +112,17 @@ class Format:
         """Their key for a name of ours, None when the format has no place for it."""
         return _translate(self._outward, name)
 
+    def extras(self, layer: int) -> list[str]:
+        """Our names of the extra parameters that the format has in a layer with its design."""
+        found = []
+        for ours, _ in self.rows:
+            if not ours.startswith(_EXTRA):
+                continue
+            places = re.findall(r"\{(\w+)\}", ours)
+            choices = [[str(layer)] if place == "i" else PLACES[place].split("|") for place in places]
+            found += [ours.format(**dict(zip(places, one, strict=True))) for one in itertools.product(*choices)]
+        return found
+
     def recognises(self, keys: Iterable[str]) -> bool:
         keys = list(keys)
         return bool(self.signs) and all(any(re.search(sign, key) for key in keys) for sign in self.signs)
@@ -176,7 +189,16 @@ def _translate(table: list[tuple[re.Pattern[str], str]], name: str) -> str | Non
 
 
 def strip_prefix(keys: Iterable[str]) -> str:
-    """The wrapper in front of every key, the empty string when there is none."""
+    """The wrappers in front of every key (``module.model.``), the empty string when there are none."""
     keys = list(keys)
-    found = [prefix for prefix in PREFIXES if keys and all(key.startswith(prefix) for key in keys)]
-    return max(found, key=len, default="")
+    prefix = ""
+    while True:
+        found = [one for one in PREFIXES if keys and one and all(key.startswith(prefix + one) for key in keys)]
+        if not found:
+            return prefix
+        prefix += max(found, key=len)
+
+
+def beginnings(keys: Iterable[str]) -> dict[str, int]:
+    """What stands before the first dot of the keys, and of how many."""
+    return dict(Counter(key.partition(".")[0] + "." for key in keys if "." in key))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import WeightsError, listed, near
-from .keymaps import FORMATS, Format, strip_prefix
+from .keymaps import FORMATS, PREFIXES, Format, beginnings, strip_prefix
 from .reader import Checkpoint
 from .tensors import PLAIN, Entry
 
@@ -53,7 +53,8 @@ class Match:
         }
 
     def __str__(self) -> str:
-        lines = [f"weights of {self.path} ({self.format}): {len(self.reused)} tensors reused"]
+        behind = f", keys behind the prefix {self.prefix!r}" if self.prefix else ""
+        lines = [f"weights of {self.path} ({self.format}{behind}): {len(self.reused)} tensors reused"]
         lines += [f"  new       {row}" for row in collapse(self.new)]
         lines += [f"  dropped   {row}" for row in collapse(self.dropped)]
         return "\n".join(lines)
@@ -76,7 +77,7 @@ def detect(checkpoint: Checkpoint, layout: str = "auto") -> tuple[Format, str]:
         if found is None:
             raise WeightsError(
                 f"{checkpoint.path} is of no known format ({listed(FORMATS)}); it holds {len(keys)} tensors, "
-                f"{listed(keys[:4])} …; give weights.format where you know it"
+                f"{listed(keys[:4])} …; {_advice(list(checkpoint))}"
             )
         return found, prefix
     asked = FORMATS[layout]
@@ -88,6 +89,29 @@ def detect(checkpoint: Checkpoint, layout: str = "auto") -> tuple[Format, str]:
             f"{checkpoint.path} has the keys of format {found.name!r}, not of {layout!r}; say format: auto"
         )
     return asked, prefix
+
+
+def _advice(keys: Sequence[str]) -> str:
+    """What to do about keys that no format knows: often they are known ones behind a prefix."""
+    known = [
+        (first, count)
+        for first, count in beginnings(keys).items()
+        if any(
+            form.recognises(key.removeprefix(first) for key in keys if key.startswith(first))
+            for form in FORMATS.values()
+        )
+    ]
+    wrappers = listed(repr(one) for one in PREFIXES if one)
+    if not known:
+        return "give weights.format where you know it"
+    if len(known) == 1 and known[0][1] == len(keys):
+        return (
+            f"every key has the prefix {known[0][0]!r}, which is none of those taken off ({wrappers}); rename the keys"
+        )
+    models = listed(f"{first!r} ({count} tensors)" for first, count in known)
+    rest = len(keys) - sum(count for _, count in known)
+    beside = f" and {rest} others beside" if rest else ""
+    return f"a model stands behind {models}{beside}: save the one you mean alone, without its prefix"
 
 
 def match(

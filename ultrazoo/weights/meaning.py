@@ -9,7 +9,7 @@ their recipe.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +32,56 @@ def require_same_meaning(
     checkpoint: Checkpoint, found: Match, attention: Sequence[AttentionSpec], sites: Sequence[Site]
 ) -> None:
     """Raise WeightsError for every layer that would misread the extra weights it reuses. `attention` is expanded."""
+    layers = by_layer(found.reused)
+    if not layers or (written := _written(checkpoint, found.format)) is None:
+        return
+    theirs = {layer: written(sites[layer]) for layer in layers}
+    if wrong := _misread(theirs, {layer: attention[layer] for layer in layers}, layers):
+        lines = [f"{checkpoint.path} ({found.format}) holds weights that this recipe would misread; nothing was loaded"]
+        lines += [f"  {where}   the weights belong to {due}, got {got}" for where, due, got in wrong]
+        if design := FORMATS[found.format].design:
+            lines.append(f"  the design they belong to is {design}")
+        raise WeightsError("\n".join(lines))
+
+
+def require_released(
+    path: Path, names: Sequence[str], attention: Sequence[AttentionSpec], sites: Sequence[Site]
+) -> None:
+    """Raise WeightsError for every layer whose extra weights `names` a reader of released UltraGen files would misread."""
+    layers = by_layer(names)
+    ours = {layer: attention[layer] for layer in layers}
+    released = {layer: RELEASED.expand(sites[layer]) for layer in layers}
+    if wrong := _misread(ours, released, layers):
+        lines = [f"the design of {path} is not the one that the format ultragen stands for; nothing was written"]
+        lines += [f"  {where}   the format means {got}, the weights belong to {due}" for where, due, got in wrong]
+        raise WeightsError("\n".join(lines))
+
+
+def by_layer(names: Iterable[str]) -> dict[int, set[str]]:
+    """Layer → those of `names` that are extra parameters of its attention."""
     layers: dict[int, set[str]] = {}
-    for name in found.reused:
+    for name in names:
         steps = name.split(".")
         if "attention" in steps and steps[0] == "blocks":
             layers.setdefault(int(steps[1]), set()).add(name)
-    if not layers or (written := _written(checkpoint, found.format)) is None:
-        return
-    wrong: dict[tuple[str, str], list[str]] = {}
-    for layer, names in sorted(layers.items()):
-        theirs, ours = written(sites[layer]), attention[layer]
+    return dict(sorted(layers.items()))
+
+
+def _misread(
+    written: Mapping[int, AttentionSpec | None], read: Mapping[int, AttentionSpec], layers: Mapping[int, set[str]]
+) -> list[tuple[str, str, str]]:
+    """(path in the recipe, what the weights belong to, how they would be read) of what differs, layers in ranges."""
+    wrong: dict[tuple[str, str, str], list[str]] = {}
+    for layer, names in layers.items():
+        theirs, ours = written[layer], read[layer]
         if not isinstance(theirs, BranchedSpec) or not isinstance(ours, BranchedSpec):
             continue
         due, got = _readings(theirs, names), _readings(ours, names)
         for path in due:
             if due[path] != got.get(path):
-                rule = f"the weights belong to {json.dumps(due[path])}, got {json.dumps(got.get(path))}"
-                wrong.setdefault((path, rule), []).append(f"attention.{layer}.{path}")
-    if wrong:
-        lines = [f"{checkpoint.path} ({found.format}) holds weights that this recipe would misread; nothing was loaded"]
-        lines += [f"  {collapse(where)[0]}   {rule}" for (_, rule), where in wrong.items()]
-        if design := FORMATS[found.format].design:
-            lines.append(f"  the design they belong to is {design}")
-        raise WeightsError("\n".join(lines))
+                row = (path, json.dumps(due[path]), json.dumps(got.get(path)))
+                wrong.setdefault(row, []).append(f"attention.{layer}.{path}")
+    return [(collapse(where)[0], due, got) for (_, due, got), where in wrong.items()]
 
 
 def _readings(spec: BranchedSpec, names: set[str]) -> dict[str, Any]:
