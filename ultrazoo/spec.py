@@ -181,7 +181,8 @@ class Cost:
     what a block-wise kernel computes and masks. `qkv_flops`: the host's own projections of the unchanged input, done once
     whoever shares them; `projection_flops`: every other projection of queries, keys and values; `out_flops`: the output
     projection. `peak_elements`: most tensor elements alive at once inside the forward, beside the input; `saved_elements`:
-    what autograd keeps for the backward.
+    what autograd keeps for the backward. `kept_bytes`: what stays in the call's state between steps, in the machine's memory,
+    for each guidance branch.
     """
 
     pairs: int
@@ -196,6 +197,7 @@ class Cost:
     pairs_max: int | None = None
     peak_elements: int = 0
     saved_elements: int = 0
+    kept_bytes: int = 0
     branches: tuple[BranchCost, ...] = ()
 
     @property

@@ -239,15 +239,6 @@ def test_selectors_of_one_layer_keep_maps_of_their_own() -> None:
             assert_close(f"head {head} at step {step}", found[:, :, head], reference, EXACT)
 
 
-def test_kept_rows_are_bits() -> None:
-    clip = Clip(CACHED)
-    clip(inputs(0), 0)
-    assert clip.state
-    (kept,) = clip.state.values()
-    stored = sum(bits.nbytes for bits, _ in kept.rows.values())
-    assert stored <= HEADS * 10 * 10 / 8 + 1
-
-
 # --- in a model -------------------------------------------------------------------------------------------------------
 
 

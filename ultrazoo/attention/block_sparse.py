@@ -109,6 +109,7 @@ class BlockSparseSpec(AttentionSpec):
             # q, k, v as projected and in block order, and the output in both orders
             peak_elements=8 * tokens * site.width,
             saved_elements=(9 + 2 * site.qk_norm) * tokens * site.width + tokens * site.heads,
+            kept_bytes=self.selector.kept_bytes(place, site),
             branches=(BranchCost("blocks", expected, attention, qkv, other, owned),),
         )
 

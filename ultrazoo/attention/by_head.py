@@ -136,6 +136,7 @@ class ByHeadSpec(AttentionSpec):
             pairs_max=average("pairs_max"),
             peak_elements=max(cost.peak_elements for _, _, cost in costs) + site.tokens * site.inner,
             saved_elements=sum(cost.saved_elements for _, _, cost in costs),
+            kept_bytes=sum(cost.kept_bytes for _, _, cost in costs),
             branches=rows,
         )
 

@@ -44,8 +44,8 @@ class LayerPlan:
     `pairs` are query-key pairs computed, ``keys_per_query = pairs / N``. `projection_flops`: queries, keys, values and
     output; `other_flops`: compression, lifts and gates of the attention, and the rest of the layer.
     `extra_parameters` are the attention's own, alternatives for other sampling steps included. `peak_bytes`: most bytes
-    alive at once inside the attention, beside its input, at batch 1 and inference. `full_pairs`: what full attention
-    computes there.
+    alive at once inside the attention, beside its input, at batch 1 and inference, with the map that it keeps between steps
+    (in the machine's memory). `full_pairs`: what full attention computes there.
     """
 
     layer: int
@@ -230,7 +230,7 @@ def _layers(
                 pairs_min=cost.pairs_min,
                 pairs_max=cost.pairs_max,
                 visited_pairs=cost.visited_pairs,
-                peak_bytes=size * cost.peak_elements,
+                peak_bytes=size * cost.peak_elements + cost.kept_bytes,
                 full_pairs=(site.tokens + site.extra_tokens) ** 2,
             )
         )

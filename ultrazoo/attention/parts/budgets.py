@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ...errors import Problem
 from ...options import FrozenMap
 from ...spec import Site, option
+from .kept import KeptRows, kept_bytes
 from .orders import Place
 from .scene import Rows, Scene
 from .selectors import Bounds, SelectorSpec
@@ -117,6 +119,9 @@ class BudgetSpec(SelectorSpec):
     def parameters(self, site: Site) -> int:
         return self.of.parameters(site)
 
+    def kept_bytes(self, place: Place, site: Site) -> int:
+        return self.of.kept_bytes(place, site)
+
     def frozen(self) -> tuple[str, ...]:
         return tuple(f"of.{name}" for name in self.of.frozen())
 
@@ -159,9 +164,9 @@ def dense_rows(scene: Scene) -> Rows:
 class CachedSpec(SelectorSpec):
     """The inner selector's map, made anew every few steps and used again in between (DFSAttn, arXiv 2605.23445).
 
-    Kept in the call's state, one per selector, layer and guidance branch, as packed bits; made anew as well where the grid,
-    the extra tokens or the batch are others, or the step is an earlier one. Without state or step the map is made in each
-    call.
+    Kept in the call's state, one per selector, layer and guidance branch, as lists of visited blocks in the machine's memory
+    (two bytes a visit, or bits where they are smaller); made anew as well where the grid, the extra tokens or the batch are
+    others, or the step is an earlier one. Without state or step the map is made in each call.
     """
 
     name: ClassVar[str] = "cached"
@@ -193,6 +198,13 @@ class CachedSpec(SelectorSpec):
     def parameters(self, site: Site) -> int:
         return self.of.parameters(site)
 
+    def kept_bytes(self, place: Place, site: Site) -> int:
+        """Of the fullest map that its bounds allow."""
+        everything = place.queries.tokens * place.keys.starts[place.selectable]
+        rows = site.heads * place.queries.count
+        visited = math.ceil(rows * place.selectable * self.bounds(place, site).most / max(1, everything))
+        return self.of.kept_bytes(place, site) + kept_bytes(rows, place.selectable, visited)
+
     def frozen(self) -> tuple[str, ...]:
         return tuple(f"of.{name}" for name in self.of.frozen())
 
@@ -205,11 +217,11 @@ class CachedSpec(SelectorSpec):
 
 @dataclass
 class _Kept:
-    """Rows of a map as packed bits, with what they were made for."""
+    """Rows of a map, with what they were made for."""
 
     made_for: Any
     step: int
-    rows: dict[tuple[int, int], tuple[np.ndarray, tuple[int, ...]]]
+    rows: dict[tuple[int, int], KeptRows]
 
 
 class _Cached(nn.Module):
@@ -233,10 +245,7 @@ class _Cached(nn.Module):
 
         def rows(lo: int, hi: int) -> Tensor:
             if (lo, hi) not in held.rows:
-                found = fresh(lo, hi)
-                held.rows[(lo, hi)] = (np.packbits(found.cpu().numpy()), tuple(found.shape))
-            bits, shape = held.rows[(lo, hi)]
-            flat = np.unpackbits(bits, count=int(np.prod(shape)))
-            return torch.from_numpy(flat.view(bool).reshape(shape)).to(scene.q.device)
+                held.rows[(lo, hi)] = KeptRows.of(fresh(lo, hi))
+            return held.rows[(lo, hi)].rows(scene.q.device)
 
         return rows

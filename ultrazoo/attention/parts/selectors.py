@@ -73,6 +73,10 @@ class SelectorSpec(Spec):
     def parameters(self, site: Site) -> int:
         return 0
 
+    def kept_bytes(self, place: Place, site: Site) -> int:
+        """Bytes of maps that stay in the call's state between steps: batch 1, one guidance branch."""
+        return 0
+
     def keeps_all(self) -> bool:
         """Does it keep every block, whatever the data?"""
         return False
@@ -387,6 +391,9 @@ class UnionSpec(SelectorSpec):
 
     def parameters(self, site: Site) -> int:
         return sum(one.parameters(site) for one in self.of)
+
+    def kept_bytes(self, place: Place, site: Site) -> int:
+        return sum(one.kept_bytes(place, site) for one in self.of)
 
     def frozen(self) -> tuple[str, ...]:
         return tuple(f"of.{i}.{name}" for i, one in enumerate(self.of) for name in one.frozen())
