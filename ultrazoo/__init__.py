@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .assemble import build, from_pretrained, save
     from .attention.standalone import create_attention, visible
     from .catalog import describe, list_entries
+    from .inplace import apply, remove
     from .registry import register
 
 _PUBLIC = {
@@ -26,6 +27,8 @@ _PUBLIC = {
     "check": "api:check",
     "plan": "api:plan",
     "build": "assemble:build",
+    "apply": "inplace:apply",
+    "remove": "inplace:remove",
     "save": "assemble:save",
     "from_pretrained": "assemble:from_pretrained",
     "create_attention": "attention.standalone:create_attention",
@@ -38,6 +41,7 @@ _PUBLIC = {
 __all__ = [
     "CONTRACT",
     "__version__",
+    "apply",
     "build",
     "check",
     "create_attention",
@@ -48,6 +52,7 @@ __all__ = [
     "load",
     "plan",
     "register",
+    "remove",
     "save",
     "visible",
 ]

@@ -16,6 +16,9 @@ from .errors import Problem
 from .grid import Grid
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     import numpy as np
 
 CONTRACT = 1
@@ -23,6 +26,10 @@ CONTRACT = 1
 
 Tree = Any
 """Annotation of an option that is a name or a nested list of names: ``[a, [b, c]]``."""
+
+
+class Data:
+    """Annotation of an option that takes any plain data (what JSON can hold) and keeps it as it is."""
 
 
 def option(
@@ -341,6 +348,13 @@ class BackboneSpec(Spec):
     @property
     def layers(self) -> int:
         return sum(self.groups().values())
+
+    def settled(self, beside: Callable[[str, str], Path]) -> tuple[BackboneSpec | None, str | None, list[Problem]]:
+        """This spec with whatever it names in files read in, the checkpoint that it brings along, and problems.
+
+        ``beside(option, path)`` turns the path that an option holds, as the recipe writes it, into one from here.
+        """
+        return self, None, []
 
     def grid(self, video: Video) -> tuple[Grid | None, list[Problem]]:
         """The token grid of a video, or the problems that prevent one, with the nearest legal sizes."""

@@ -297,7 +297,7 @@ def test_a_model_in_training_keeps_nothing(model: Any) -> None:
     latents, text = noise(0, 1, 16, 2, 8, 10).float(), noise(1, 1, 4, 8).float()
     model.select(2, 6)
     model(latents, torch.tensor([500.0]), text).sum().backward()
-    assert not model._state
+    assert not model.session.state
 
 
 def test_replaced_specs_are_others() -> None:

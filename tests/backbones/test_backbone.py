@@ -136,7 +136,7 @@ def test_a_size_the_attention_cannot_run_is_refused_at_construction():
 def test_a_size_is_checked_once(monkeypatch):
     model = tiny_wan()
     calls = []
-    monkeypatch.setattr(model, "problems_at", lambda grid: calls.append(grid) or [])
+    monkeypatch.setattr(model.session, "problems_at", lambda grid: calls.append(grid) or [])
     for _ in range(3):
         model(*wan_inputs((3, 8, 12)))
         model(*wan_inputs((2, 8, 12)))
@@ -220,11 +220,11 @@ def test_state_belongs_to_layer_and_branch_and_ends_with_the_clip():
     inputs = wan_inputs((3, 8, 12))
 
     def calls(branch):
-        return [model._state[branch][layer]["calls"] for layer in range(3)]
+        return [model.session.state[branch][layer]["calls"] for layer in range(3)]
 
     with torch.no_grad():
         model(*inputs)
-        assert model._state == {}
+        assert model.session.state == {}
         for step in range(3):
             for branch in ("cond", "uncond"):
                 model.select(step, 3, branch)
@@ -237,7 +237,7 @@ def test_state_belongs_to_layer_and_branch_and_ends_with_the_clip():
     model(*inputs)
     assert calls("cond") == [1, 1, 1]
     model.reset_state()
-    assert model._state == {}
+    assert model.session.state == {}
 
 
 @pytest.mark.parametrize("timestep", ["frame", "token"])

@@ -75,20 +75,20 @@ def test_the_same_frames_as_with_diffusers(vae, per_token):
 def test_the_pipeline_says_which_step_it_is_at(vae):
     model = tiny_wan(steps=[(0, 1, {0: FullSpec()})])
     seen = []
-    model.register_forward_pre_hook(lambda *_: seen.append((model._step, model._branch)))
+    model.register_forward_pre_hook(lambda *_: seen.append((model.session.step, model.session.branch)))
     frames(pipeline(model, vae))
     assert seen == [((step, 3), branch) for step in range(3) for branch in ("cond", "uncond")]
-    assert model._step is None
+    assert model.session.step is None
 
 
 def test_a_pipeline_without_step_numbers_leaves_the_selection_alone():
     model = tiny_wan()
     model.select(2, 5, "mine")
     with model.cache_context("cond"):
-        assert (model._step, model._branch) == ((2, 5), "mine")
+        assert (model.session.step, model.session.branch) == ((2, 5), "mine")
     with model.cache_context("cond", step_index=4, num_inference_steps=5, sigma=0.1):
-        assert (model._step, model._branch) == ((4, 5), "cond")
-    assert (model._step, model._branch) == ((2, 5), "mine")
+        assert (model.session.step, model.session.branch) == ((4, 5), "cond")
+    assert (model.session.step, model.session.branch) == ((2, 5), "mine")
 
 
 def test_keyword_call_returns_a_tuple_with_the_sample():

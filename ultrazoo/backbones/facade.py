@@ -46,15 +46,8 @@ class PipelineBackbone(Backbone):
         A pipeline that does not say which step it is at leaves the selection alone. Other facts that pipelines send
         along (the noise level) have no use here.
         """
-        if step_index is None or num_inference_steps is None:
+        with self.session.announced(name, step_index, num_inference_steps):
             yield
-            return
-        before = self._step, self._branch
-        self.select(step_index, num_inference_steps, name)
-        try:
-            yield
-        finally:
-            self._step, self._branch = before
 
 
 def refuse_attention_kwargs(attention_kwargs: dict[str, Any] | None) -> None:

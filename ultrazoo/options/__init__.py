@@ -6,7 +6,7 @@ paths. `to_data` is the way back: canonical, names first, options equal to their
 
 from __future__ import annotations
 
-from .data import FrozenMap, to_data
+from .data import FrozenMap, frozen, to_data
 from .declared import Declared, declared, expected, got
 from .parse import join, parse, parse_part, preset_fields
 
@@ -15,6 +15,7 @@ __all__ = [
     "FrozenMap",
     "declared",
     "expected",
+    "frozen",
     "got",
     "join",
     "parse",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..spec import Options, Spec
@@ -28,6 +28,15 @@ class FrozenMap(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenMap, (dict(self),)
+
+
+def frozen(data: Any) -> Any:
+    """Plain data that cannot be changed: mappings as `FrozenMap`, lists as tuples."""
+    if isinstance(data, Mapping):
+        return FrozenMap({key: frozen(value) for key, value in data.items()})
+    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
+        return tuple(frozen(value) for value in data)
+    return data
 
 
 def to_data(spec: Any) -> Any:

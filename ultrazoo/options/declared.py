@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ..errors import listed
 from ..grid import Grid
+from ..spec import Data
 
 BOUNDS = ("ge", "gt", "le", "lt")
 
@@ -93,6 +94,8 @@ def words(annotation: Any) -> str:
         return _SCALARS[annotation]
     if annotation is Any:
         return "a name or a nested list of names"
+    if annotation is Data:
+        return "any plain data"
     if annotation is Grid:
         return "a grid [T, H, W] or [H, W] of positive whole numbers"
     if get_origin(annotation) is Literal:
@@ -112,7 +115,7 @@ def _structure(annotation: Any, leaf: str) -> str:
         item = args[1] if issubclass(origin, Mapping) else args[0]
         shape = "a mapping of names to values" if issubclass(origin, Mapping) else "a list"
         return f"{shape}, each {_structure(item, leaf)}"
-    if annotation in _SCALARS or annotation is Grid or origin is Literal:
+    if annotation in _SCALARS or annotation in (Grid, Data) or origin is Literal:
         return words(annotation)
     return leaf
 

@@ -14,8 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from .. import registry
 from ..errors import Problem, RegistryError, listed, near
 from ..grid import Grid, as_grid
-from ..spec import Options, Spec
-from .data import FrozenMap
+from ..spec import Data, Options, Spec
+from .data import FrozenMap, frozen
 from .declared import Declared, a, declared, expected, got, words
 
 Parsed = tuple[Any, list[Problem]]
@@ -171,6 +171,8 @@ def _value(annotation: Any, row: Declared, data: Any, path: str) -> Parsed:
         return _choice(row.choices, data, path)
     if annotation is Any:
         return _tree(data, path)
+    if annotation is Data:
+        return frozen(data), []
     if isinstance(annotation, type) and issubclass(annotation, (Options, Spec)):
         return parse(annotation, data, path)
     return _scalar(annotation, data, path)

@@ -50,10 +50,10 @@ class Recipe:
             return written
         return self.file.stem if self.file is not None else "recipe"
 
-    def beside(self, path: str) -> Path:
-        """A path of `weights.path`: relative to the file that wrote it, to the current folder for an override."""
-        weights = self.tree.get("weights")
-        mark = weights.marks.get("path", Mark()) if isinstance(weights, Map) else Mark()
+    def beside(self, path: str, section: str = "weights", key: str = "path") -> Path:
+        """A path written as ``section.key``: relative to the file that wrote it, to the current folder for an override."""
+        node = self.tree.get(section)
+        mark = node.marks.get(key, Mark()) if isinstance(node, Map) else Mark()
         folder = Path(mark.file).parent if mark.line is not None and mark.file else Path()
         return (folder / Path(path).expanduser()).absolute()
 

@@ -16,7 +16,7 @@ from . import overrides, sections
 from .attentions import Expander, Placed, layer_map
 from .layers import Axis, assign
 from .load import Recipe
-from .resolved import Resolved, StepRange
+from .resolved import Resolved, StepRange, WeightsSource
 from .tree import Map, from_plain, located
 
 MOST_LAYERS = 10_000
@@ -53,7 +53,7 @@ class _Work:
 
 def _resolve(recipe: Recipe) -> tuple[Resolved | None, list[Problem]]:
     work = _Work(recipe)
-    read, found = sections.read(recipe.tree, recipe.name)
+    read, brought, found = _read(recipe)
     work.problems += found
     if read.backbone is not None:
         _place(work, read)
@@ -73,6 +73,8 @@ def _resolve(recipe: Recipe) -> tuple[Resolved | None, list[Problem]]:
     weights = read.weights
     if weights is not None:
         weights = replace(weights, path=str(recipe.beside(weights.path)))
+    elif brought is not None:
+        weights = WeightsSource(path=brought)
     return Resolved(
         name=read.head.name,
         summary=read.head.summary,
@@ -90,6 +92,15 @@ def _resolve(recipe: Recipe) -> tuple[Resolved | None, list[Problem]]:
         seed=read.head.seed,
         search=FrozenMap(space),
     ), []
+
+
+def _read(recipe: Recipe) -> tuple[sections.Sections, str | None, list[Problem]]:
+    """The sections, the backbone with what it names in files read in; and the checkpoint that it brings along."""
+    read, problems = sections.read(recipe.tree, recipe.name)
+    if read.backbone is None:
+        return read, None, problems
+    backbone, brought, found = read.backbone.settled(lambda key, path: recipe.beside(path, "backbone", key))
+    return replace(read, backbone=backbone), brought, [*problems, *(one.under("backbone") for one in found)]
 
 
 def _place(work: _Work, read: sections.Sections) -> None:
@@ -188,7 +199,7 @@ def _candidates(recipe: Recipe, resolved: Resolved) -> list[Problem]:
 
 def _types(recipe: Recipe) -> list[Problem]:
     """Problems of types and names alone: what only a size decides may depend on the other paths searched."""
-    read, problems = sections.read(recipe.tree, recipe.name)
+    read, _, problems = _read(recipe)
     axis = None
     if read.backbone is not None:
         axis = Axis(read.backbone.groups(), "layer", f"backbone {read.backbone_name}")

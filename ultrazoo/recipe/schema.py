@@ -14,7 +14,7 @@ from .. import registry
 from ..grid import Grid
 from ..options import Declared, declared, to_data
 from ..registry import Entry
-from ..spec import Options, Spec, Video
+from ..spec import Data, Options, Spec, Video
 from .resolved import SCHEMA, Head, Sampling, WeightsSource
 
 _LAYER_ITEM = r"([^,:]+:)?(\*|odd|even|(first|last)[0-9]+|[0-9]+(-[0-9]+(/[0-9]+)?)?)"
@@ -177,6 +177,8 @@ class _Writer:
             return self.sequence(origin, args, row, cycle)
         if annotation is type(None):
             return {"type": "null"}
+        if annotation is Data:
+            return {}
         if row.kind:
             # an option annotated `str` names a part and configures nothing
             return {"type": "string"} if annotation is str else self.part(row.kind, cycle=cycle)

@@ -141,6 +141,8 @@ class Values:
         if self.dtype is None and slot.name in self._reused:
             assert self._checkpoint is not None
             return Entry(slot.name, slot.shape, self._checkpoint.entries[self._reused[slot.name]].dtype)
+        if not slot.parameter and not slot.get().is_meta:
+            return slot.entry()
         return slot.entry(self.dtype)
 
     def tensor(self, slot: Slot) -> Tensor:
@@ -149,6 +151,9 @@ class Values:
         if slot.name in self._reused:
             assert self._checkpoint is not None
             return self._checkpoint.tensor(self._reused[slot.name]).to(dtype)
+        if not slot.parameter and not slot.get().is_meta:
+            # a table that its module made
+            return slot.get()
         module, name = slot.places[0]
         try:
             value = init.value_of(module, name)

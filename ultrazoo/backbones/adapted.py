@@ -1,0 +1,159 @@
+"""The backbone specs of models of other libraries: sites, sizes and costs from a config and an adapter; installing.
+
+`AdaptedSpec` is what plugins subclass: with an `adapter` of their own, a model class of theirs takes recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import Problem
+from ..grid import Grid
+from ..options import FrozenMap
+from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Data, Site, Video, option
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .adapter import Adapter
+    from .geometry import Geometry
+    from .session import Session
+
+Steps = Sequence[tuple[int, int, Mapping[int, AttentionSpec]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedSpec(BackboneSpec):
+    """A model of another library, by its config. Subclasses say which adapter serves it and how it is made."""
+
+    config: Data | None = option(None, "the model's settings, or the path of its config.json or folder")  # type: ignore[assignment]
+    text_tokens: int = option(512, "text tokens that the cost counts", ge=1)
+    strides: tuple[int, int, int] | None = option(
+        None, "strides of the VAE over (T, H, W), if not the usual ones", ge=1
+    )
+
+    adapted: ClassVar[bool] = True
+
+    def adapter(self) -> Adapter:
+        """The adapter of this model's class."""
+        raise TypeError(f"{type(self).__name__} has no adapter")
+
+    def make(self) -> nn.Module:
+        """The model with its parameters on the meta device and its buffers made."""
+        raise TypeError(f"{type(self).__name__} cannot be made")
+
+    def settings(self) -> Mapping[str, Any]:
+        """The config with the class's defaults filled in."""
+        assert isinstance(self.config, FrozenMap)
+        return self.config
+
+    def install(self, model: nn.Module, session: Session) -> None:
+        """Put the session's attentions into `model`, in place."""
+        raise TypeError(f"{type(self).__name__} cannot be installed")
+
+    @property
+    def geometry(self) -> Geometry:
+        found = self.adapter().geometry(self.settings())
+        return found if self.strides is None else replace(found, strides=self.strides)
+
+    def problems(self, site: Site | None = None) -> list[Problem]:
+        return [one.under("config") for one in self.adapter().problems(self.settings())]
+
+    def paths(self) -> list[str]:
+        """Module path of every layer's attention, in execution order."""
+        return [path for paths in self.adapter().paths(self.settings()).values() for path in paths]
+
+    def groups(self) -> dict[str, int]:
+        return {group: len(paths) for group, paths in self.adapter().paths(self.settings()).items()}
+
+    def grid(self, video: Video) -> tuple[Grid | None, list[Problem]]:
+        return self.geometry.grid(video)
+
+    def sites(self, grid: Grid) -> tuple[Site, ...]:
+        adapter, settings = self.adapter(), self.settings()
+        site = adapter.site(settings).at(grid=grid, layers=self.layers)
+        found: list[Site] = []
+        for group, count in self.groups().items():
+            extra = adapter.beside(settings, group, self.text_tokens)
+            found += [site.at(layer=len(found) + i, extra=extra) for i in range(count)]
+        return tuple(found)
+
+    def cost(self, grid: Grid) -> BackboneCost:
+        return _cost(self, grid)
+
+
+@cache
+def _cost(spec: AdaptedSpec, grid: Grid) -> BackboneCost:
+    """Counted by torch on the meta device: a forward of the model at `grid`, batch 1, its attentions left out.
+
+    Elements are estimates: twice the stream for what lives across layers, five streams inside a layer (its widest hidden
+    row), and 22 streams kept for a backward.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    adapter, settings = spec.adapter(), spec.settings()
+    model = spec.make().to("meta").eval()
+
+    def make(*shape: int) -> Tensor:
+        return torch.zeros(shape, device="meta", dtype=dtype)
+
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    arguments = adapter.inputs(settings, grid, 1, spec.text_tokens, make)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**arguments)
+    counts = {name: sum(row.values()) for name, row in counter.get_flop_counts().items()}
+    prefix = type(model).__name__
+
+    def flops(path: str) -> int:
+        return counts.get(f"{prefix}.{path}", 0)
+
+    sites = spec.sites(grid)
+    layers = tuple(
+        adapter.layer_flops(settings, path, site, flops) for path, site in zip(spec.paths(), sites, strict=True)
+    )
+    inside = {path: flops(path) for path in {adapter.block(path) for path in spec.paths()}}
+    stream = grid.tokens * sites[0].dim
+    return BackboneCost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        layer_flops=layers,
+        outside_flops=counts["Global"] - sum(inside.values()),
+        stream_elements=2 * stream,
+        layer_peak_elements=(5 * stream,) * len(sites),
+        layer_saved_elements=(22 * stream,) * len(sites),
+    )
+
+
+def build_adapted(spec: AdaptedSpec, attention: Sequence[AttentionSpec], grid: Grid, steps: Steps = ()) -> nn.Module:
+    """The model of an adapted spec with its attentions in place: what `module(spec, attention, grid)` is of such specs."""
+    from .session import Session
+
+    model = spec.make()
+    spec.install(model, Session(spec, attention, grid, steps))
+    return model
+
+
+def start_foreign(model: nn.Module) -> nn.Module:
+    """Say how the parameters start that torch's own modules do not speak for: norms at 1, vectors at 0, tables small.
+
+    Only a model built without weights needs it; a library's own random start cannot be had one parameter at a time.
+    """
+    from ..ops.init import Constant, Normal, Value, marked, value_of
+
+    for module in model.modules():
+        values: dict[str, Value] = {}
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            try:
+                value_of(module, name)
+            except ValueError:
+                scale = parameter.ndim == 1 and name == "weight"
+                table = Normal(parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else Constant(0.0)
+                values[name] = Constant(1.0) if scale else table
+        if values:
+            marked(module, **{**getattr(module, "ultrazoo_init", {}), **values})
+    return model

@@ -1,0 +1,30 @@
+"""Adapters over diffusers' transformers, one file per class, found by the class's name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+
+ADAPTERS = {
+    "WanTransformer3DModel": "wan:WanAdapter",
+    "QwenImageTransformer2DModel": "qwen_image:QwenImageAdapter",
+}
+"""Class name → ``module:attribute`` in this package."""
+
+
+def adapter_named(model: str) -> Adapter:
+    """The adapter of a diffusers class. Raises KeyError for a class without one."""
+    module, _, attribute = ADAPTERS[model].partition(":")
+    found: Any = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    return found()  # type: ignore[no-any-return]
+
+
+def class_name_of(model: Any) -> str | None:
+    """The name of the adapted diffusers class that `model` is of; None where there is no adapter for it."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in ADAPTERS and cls.__module__.startswith("diffusers."):
+            return cls.__name__
+    return None

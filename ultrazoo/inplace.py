@@ -1,0 +1,283 @@
+"""`apply`: a recipe's attention put into a model that is already loaded; `remove` takes it out again.
+
+The model keeps its weights, its wrappers (quantised linears, LoRA, offloading) and its class; only the visual
+self-attentions that the recipe replaces change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import recipe
+from .attention.contract import Attention
+from .backbones.adapted import AdaptedSpec
+from .backbones.diffusers import ADAPTERS, class_name_of
+from .backbones.diffusers.install import uninstall
+from .backbones.session import Session
+from .errors import UsageError, listed
+from .ops import init
+from .weights.slots import seeded
+
+if TYPE_CHECKING:
+    from .recipe import Plan, Recipe, Resolved
+
+    Source = str | Path | Mapping[str, Any] | Recipe | Resolved | Plan
+
+COMPONENTS = ("transformer", "transformer_2")
+"""Where a pipeline keeps the models that a recipe is for."""
+
+
+@dataclass(frozen=True)
+class AppliedModel:
+    """What happened to one model: `replaced` and `kept` layers by module path, and the parameters that came along."""
+
+    name: str
+    model: str
+    plan: Plan
+    replaced: dict[str, str]
+    kept: tuple[str, ...]
+    parameters: int
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "component": self.name,
+            "model": self.model,
+            "hash": self.plan.hash,
+            "replaced": self.replaced,
+            "kept": list(self.kept),
+            "new_parameters": self.parameters,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `apply` did. `starts`: how each design used starts, and who says so; `streams`: rows beside the grid."""
+
+    models: tuple[AppliedModel, ...]
+    starts: tuple[str, ...]
+    streams: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def plan(self) -> Plan:
+        return self.models[0].plan
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "models": [one.data() for one in self.models],
+            "starts": list(self.starts),
+            "streams": self.streams,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for one in self.models:
+            designs = sorted(set(one.replaced.values()))
+            lines.append(
+                f"{one.name or one.model}: {len(one.replaced)} of {len(one.replaced) + len(one.kept)} self-attentions run "
+                f"{listed(designs) or 'nothing new'}; {one.parameters} new parameters"
+            )
+        lines += [f"starts: {start}" for start in self.starts]
+        lines.append(f"rows beside the grid: {self.streams}")
+        return "\n".join([*lines, *self.notes])
+
+
+def apply(target: Any, source: Source, *overrides: str) -> Report:
+    """Put a recipe's attention into a loaded model or pipeline, in place, and say what was done.
+
+    `target` is a model of an adapted class, or a pipeline with one as ``transformer`` (and ``transformer_2``). The
+    recipe may leave its backbone out; one that it names must be the model's. New parameters start as the recipe's seed
+    says, in the model's dtype and on its device. A model is changed wholly or not at all. Raises UsageError for a model
+    nobody knows, RecipeError with all problems.
+    """
+    models = _models(target)
+    known = {name: _node_of(model) for name, model in models.items()}
+    plans = {name: _plan(known[name], source, overrides) for name in models}
+    done: list[AppliedModel] = []
+    try:
+        for name, model in models.items():
+            done.append(_install(name, model, plans[name]))
+    except BaseException:
+        for one in done:
+            remove(models[one.name])
+        raise
+    specs = {one.name: one for plan in plans.values() for one in plan.resolved.written}
+    starts = tuple(f"{name}: {one.traits().start}" for name, one in sorted(specs.items()))
+    adapters = {plan.resolved.backbone.adapter().streams for plan in plans.values()}  # type: ignore[attr-defined]
+    return Report(tuple(done), starts, "; ".join(sorted(adapters)))
+
+
+def remove(target: Any) -> list[str]:
+    """Undo `apply`: the model's own attentions, as they were. Returns the module paths restored."""
+    found: list[str] = []
+    for model in _models(target).values():
+        found += uninstall(model)
+    return found
+
+
+def _models(target: Any) -> dict[str, nn.Module]:
+    """The models inside `target`, by the name of their component; the model itself under the empty name."""
+    target = getattr(target, "_orig_mod", target)
+    if isinstance(target, nn.Module):
+        return {"": target}
+    found = {name: getattr(target, name, None) for name in COMPONENTS}
+    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    if not models:
+        raise UsageError(f"apply takes a model or a pipeline with a transformer, got {type(target).__name__}")
+    return models
+
+
+def _node_of(model: nn.Module) -> dict[str, Any]:
+    """The backbone node that a recipe for `model` has."""
+    name = class_name_of(model)
+    if name is None:
+        raise UsageError(
+            f"{type(model).__name__} has no adapter; adapters exist for {listed(ADAPTERS)}, and a plugin can add one"
+        )
+    config: Any = model.config
+    # plain JSON: what a loaded config holds beside it (tuples, dtypes) has no other spelling in a recipe
+    kept = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    return {"name": "diffusers", "model": name, "config": json.loads(json.dumps(kept, default=str))}
+
+
+def _plan(backbone: dict[str, Any], source: Source, overrides: tuple[str, ...]) -> Plan:
+    loaded = _loaded(source, overrides)
+    data = loaded.data()
+    written = data.get("backbone")
+    if written is not None and not _same(written, backbone):
+        raise UsageError(
+            f"{loaded.source}: its backbone is {_label(written)}, the model is {backbone['model']}; leave the recipe's "
+            "backbone out, or name the model's"
+        )
+    kept = {key: value for key, value in (written or {}).items() if key in ("text_tokens", "strides")}
+    data["backbone"] = {**backbone, **kept}
+    data.setdefault("name", loaded.name)
+    return recipe.make_plan(recipe.resolve(recipe.load(data)))
+
+
+def _loaded(source: Source, overrides: tuple[str, ...]) -> Recipe:
+    if isinstance(source, recipe.Plan):
+        source = source.resolved
+    if isinstance(source, recipe.Resolved):
+        source = source.data()
+    if isinstance(source, recipe.Recipe):
+        source = source.data()
+    return recipe.load(source, overrides)
+
+
+_NATIVE = {"wan": "WanTransformer3DModel"}
+"""Native backbones and the class that is the same model: their recipes hold for it when the sizes agree."""
+
+
+def _same(written: Any, backbone: dict[str, Any]) -> bool:
+    if not isinstance(written, Mapping):
+        written = {"name": written}
+    name = written.get("name")
+    if name == "diffusers":
+        return written.get("model") in (None, backbone["model"])
+    return _NATIVE.get(str(name)) == backbone["model"]
+
+
+def _label(written: Any) -> str:
+    if not isinstance(written, Mapping):
+        return str(written)
+    return "/".join(str(written[key]) for key in ("name", "model", "preset") if written.get(key))
+
+
+def _install(name: str, model: nn.Module, plan: Plan) -> AppliedModel:
+    resolved = plan.resolved
+    spec = resolved.backbone
+    assert isinstance(spec, AdaptedSpec)
+    steps = [(one.first, one.last, dict(one.layers)) for one in resolved.steps]
+    session = Session(spec, resolved.attention, resolved.grid, steps)
+    spec.install(model, session)
+    try:
+        count = start_parameters(model, resolved.seed)
+    except BaseException:
+        uninstall(model)
+        raise
+    vars(model)["plan"] = plan
+    paths = spec.paths()
+    replaced = {
+        path: written.name
+        for path, written, one, other in zip(paths, resolved.written, session.specs, session.alternatives, strict=True)
+        if one.name != "original" or other
+    }
+    kept = tuple(path for path in paths if path not in replaced)
+    return AppliedModel(name, type(model).__name__, plan, replaced, kept, count)
+
+
+def start_parameters(model: nn.Module, seed: int) -> int:
+    """Give the attentions' own parameters inside `model` their initial values, dtype and device; returns their number.
+
+    Each is seeded by (seed, its name in the model). Raises UsageError where a value is a copy of a host's parameter that
+    is not a plain floating-point one (quantised, sharded away).
+    """
+    dtype, device = _kind(model)
+    count = 0
+    for path, block in model.named_modules():
+        if not isinstance(block, Attention):
+            continue
+        for name, module in block.named_modules():
+            if name and isinstance(module, Attention):
+                continue
+            for own, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                full = ".".join(part for part in (path, name, own) if part)
+                value = init.value_of(module, own)
+                if isinstance(value, init.Copy):
+                    made = _copied(model, path, value.source, full)
+                else:
+                    made = init.make(value, parameter.shape, seeded(seed, full))
+                kind = dtype if made.is_floating_point() else made.dtype
+                module._parameters[own] = nn.Parameter(made.to(device, kind), requires_grad=parameter.requires_grad)
+                count += parameter.numel()
+        block.to(device)
+    return count
+
+
+def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device of new parameters: those most of the model's floating-point parameters have."""
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            and ".processor." not in name
+        ):
+            key = parameter.dtype, parameter.device
+            sizes[key] = sizes.get(key, 0) + parameter.numel()
+    return max(sizes, key=lambda key: sizes[key]) if sizes else (torch.float32, torch.device("cpu"))
+
+
+def _copied(model: nn.Module, path: str, source: str, full: str) -> torch.Tensor:
+    """The host's parameter that `full` starts as a copy of; `path` is the attention's module path."""
+    at, _, _ = path.partition(".processor.")
+    host = model.get_submodule(at)
+    processor: Any = host.processor
+    which, _, part = source.partition(".")
+    names = processor.names
+    linear = getattr(host, {"q": names.q, "k": names.k, "v": names.v, "o": names.out}[which])
+    linear = linear[0] if isinstance(linear, nn.ModuleList) else linear
+    found = getattr(getattr(linear, "base_layer", linear), part, None)
+    if (
+        not isinstance(found, torch.Tensor)
+        or not found.is_floating_point()
+        or found.dim() != (2 if part == "weight" else 1)
+    ):
+        raise UsageError(
+            f"{full} starts as a copy of {at}.{which} {part}, which is not a plain floating-point parameter here; "
+            "use adapt: shared or lora on quantised models"
+        )
+    return found.detach().clone()
+
+
+__all__ = ["AppliedModel", "Report", "apply", "remove", "start_parameters"]
