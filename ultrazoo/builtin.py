@@ -133,5 +133,6 @@ TABLE: tuple[Row, ...] = (
     Row("kernel", "skip_softmax", "kernels.skip_softmax:SkipSoftmaxSpec", "skips tiles of small weights; lossy"),
     Row("kernel", "xformers", "kernels.xformers:XformersSpec", "xformers memory-efficient attention"),
     Row("backbone", "wan", "backbones.wan:WanSpec", "Wan 2.1 and 2.2 text-to-video transformer"),
+    Row("backbone", "diffusers", "backbones.diffusers.spec:DiffusersSpec", "a transformer class of diffusers"),
     Row("backbone", "dit", "backbones.dit:DitSpec", "class-conditional DiT, image and video", ("DiT",)),
 )
