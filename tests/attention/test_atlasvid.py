@@ -41,9 +41,6 @@ def scenario(spec: AttentionSpec, site: Site = SITE, **options: Any) -> Scenario
     return Scenario(Example(spec, site, "atlasvid"), torch.float64, **options)
 
 
-# --- against the oracle ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("weight", ["none", "cells"])
 @pytest.mark.parametrize("margin", [0, 1, "full"])
 @pytest.mark.parametrize("place", ["alone", "first", "last", "between"])
@@ -88,9 +85,6 @@ def test_means_at_sizes_that_fit_nothing(grid: tuple[int, int, int], spec: Atlas
             got, expected = one.run(), oracle.atlasvid(one.case())
         assert isinstance(expected, Tensor)
         assert_close(f"{grid} {more}", got[real], expected[real], EXACT)
-
-
-# --- what it is made of -----------------------------------------------------------------------------------------------
 
 
 def means_as_a_segment(one: Scenario, cell: tuple[int, int, int], coarse: tuple[int, int, int]) -> Extra:
@@ -186,9 +180,6 @@ def test_a_cell_of_invalid_tokens_takes_no_part() -> None:
         assert error_ratio(one.run()[flat], first[flat]) > 1e-3
 
 
-# --- where cells stand --------------------------------------------------------------------------------------------------
-
-
 def test_cells_stand_in_the_middle_of_what_they_cover() -> None:
     at = proxy_positions((21, 136, 240), (21, 34, 60))
     assert at.t.tolist() == list(range(21))
@@ -215,9 +206,6 @@ def test_a_proxy_of_the_grids_own_size_stands_on_its_tokens() -> None:
     assert [axis.tolist() for axis in at[:3]] == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]  # type: ignore[union-attr]
 
 
-# --- what it costs ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("margin", [0, 1, "full"])
 def test_the_cost_is_windows_and_cells_and_the_proxys_own_square(margin: Any) -> None:
     """N (w + p) + P^2 pairs: every window (2, 4, 5) on (4, 8, 10), every cell 2 x 2 x 5."""
@@ -239,9 +227,6 @@ def test_at_4k_windows_are_the_training_grid_or_smaller() -> None:
     rows = 34 * (10 + 11 + 11 + 10)
     columns = 80 * (21 + 22 + 21)
     assert plan.layers[0].pairs == tokens * 21 * 34 * 80 + 21 * 11 * rows * columns
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_window_is_the_trained_grid_unless_given() -> None:

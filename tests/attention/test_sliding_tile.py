@@ -78,8 +78,6 @@ def test_the_recipe_at_the_published_size_has_the_published_density() -> None:
     assert plan.totals.attention_speedup == pytest.approx(1 / 0.09, rel=1e-3)
 
 
-# --- windows by head ------------------------------------------------------------------------------------------------
-
 WINDOWS = ((1, 3, 3), (3, 1, "full"), (1, 3, 3), ("full", 3, 1))
 
 
@@ -126,9 +124,6 @@ def test_heads_that_see_the_same_are_one_group() -> None:
         assert_close("full", one.run(), same_weights(FullSpec(), one), EXACT)
 
 
-# --- the rule of a window --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("tile", "window"), [((2, 2, 2), (1, 3, 5)), ((3, 5, 2), (1, 1, 3)), ((1, 2, 7), (3, 3, 1))])
 def test_an_odd_window_over_tiles_that_divide_is_a_neighbourhood(tile: Any, window: Any) -> None:
     kernel = tuple(size * many for size, many in zip(tile, window, strict=True))
@@ -164,9 +159,6 @@ def test_text_is_seen_by_all_and_sees_all() -> None:
     assert bool((moved.abs().amax(-1) > 0).all())
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("tile", "flat"),
     [((6, 8, 8), (1, 16, 24)), ((2, 8, 8), (1, 16, 8)), ((4, 4, 4), (1, 8, 8)), ((4, 2, 2), (1, 4, 4))],
@@ -186,9 +178,6 @@ def test_an_image_takes_a_flat_tile_of_the_same_volume(tile: Any, flat: Any) -> 
 def test_a_flat_tile_stays_what_it_is_in_an_image() -> None:
     assert SlidingTileSpec(tile=(1, 6, 4)).tile_at(Grid(1, 48, 80)) == (1, 6, 4)
     assert SlidingTileSpec(tile=(6, 8, 8)).tile_at(Grid(2, 48, 80)) == (6, 8, 8)
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
 
 
 def refused(spec: SlidingTileSpec, site: Site = SITE) -> list[tuple[str, str, str]]:
