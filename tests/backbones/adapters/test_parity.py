@@ -38,15 +38,13 @@ def test_every_adapter_has_a_tiny_model():
 
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize(("name", "variant"), CASES)
-def test_full_equals_the_models_own_attention(name, variant, at):
-    if not TINY[name].softmax:
-        pytest.skip("this model's own attention is not softmax attention")
+def test_through_our_adapter_it_is_the_same_model(name, variant, at):
     model = made(name)
     given = arguments(name, variant, TINY[name].grids[at])
     with torch.no_grad():
         due = run(model, given)
         # built for the first size, run at both
-        report = ultrazoo.apply(model, recipe(name, "full"))
+        report = ultrazoo.apply(model, recipe(name, TINY[name].own))
         found = run(model, given)
         assert len(report.models[0].replaced) == len(report.plan.layers)
         assert sum(isinstance(one, Processor) for one in model.modules()) == len(report.plan.layers)
@@ -70,12 +68,10 @@ def _halved(module: nn.Module, args: Any, output: Any) -> Any:
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_gradients_equal(name, variant, checkpointed):
     """Two forwards, at two sizes and timesteps, before one backward."""
-    if not TINY[name].softmax:
-        pytest.skip("this model's own attention is not softmax attention")
     stock = made(name)
     model = copy.deepcopy(stock)
     first, second = (arguments(name, variant, grid, seed) for seed, grid in enumerate(TINY[name].grids))
-    ultrazoo.apply(model, recipe(name, "full"))
+    ultrazoo.apply(model, recipe(name, TINY[name].own))
     for one in (stock, model):
         one.train()
         if checkpointed:
@@ -149,10 +145,8 @@ def test_the_plan_counts_what_torch_counts(name):
     given = arguments(name, "plain", TINY[name].grids[0])
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in TINY[name].settings.items()}
     backbone = {"name": "diffusers", "model": name, "config": settings, "text_tokens": TINY[name].text}
-    plan = ultrazoo.plan(recipe(name, "full", backbone=backbone, dtype="float32"))
+    plan = ultrazoo.plan(recipe(name, TINY[name].own, backbone=backbone, dtype="float32"))
     assert plan.totals.parameters == sum(p.numel() for p in stock.parameters())
-    if not TINY[name].softmax:
-        return
     # batch 1 on the meta device, where every attention is counted
     given = {key: _meta(value) for key, value in given.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,6 +1,6 @@
 """Tiny diffusers models of every adapted class, and arguments for them: what the adapter tests run on.
 
-A row's `settings` are constructor arguments; `variants` change the adapter's own arguments, one way each: masks, further
+`own`: the recipe node that equals the model's own attention. A row's `settings` are constructor arguments; `variants` change the adapter's own arguments, one way each: masks, further
 streams, timesteps per token. Every variant is run.
 """
 
@@ -32,7 +32,7 @@ class Tiny:
     grids: tuple[tuple[int, int, int], tuple[int, int, int]] = ((2, 4, 6), (3, 5, 7))
     text: int = 7
     variants: Mapping[str, Change] = field(default_factory=lambda: {"plain": as_it_is})
-    softmax: bool = True
+    own: Any = "full"
 
 
 def per_token(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
@@ -53,6 +53,29 @@ def further_image(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
         "hidden_states": torch.cat([arguments["hidden_states"], more], dim=1),
         "img_shapes": [[tuple(grid), (1, 2, 3)]] * 2,
     }
+
+
+def masked_image(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    mask = torch.ones(2, grid.tokens)
+    mask[1, grid.tokens // 2 :] = 0
+    return {**arguments, "attention_mask": mask}
+
+
+def resized(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    table = get_3d_rotary_pos_embed(16, ((1, 0), (grid.h + 2, grid.w * 2)), (grid.h, grid.w), grid.t)
+    return {**arguments, "image_rotary_emb": table}
+
+
+def reference_frame(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    frames = torch.cat([arguments["hidden_states"], torch.randn_like(arguments["hidden_states"][:, :1])], dim=1)
+    positions = (torch.tensor([*range(grid.t), 0]), torch.arange(grid.h), torch.arange(grid.w))
+    return {**arguments, "hidden_states": frames, "visual_rope_pos": positions}
+
+
+def with_audio(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:  # noqa: ARG001
+    return {**arguments, "audio_hidden_states": torch.randn(2, 5, 5)}
 
 
 TINY: dict[str, Tiny] = {
@@ -81,6 +104,87 @@ TINY: dict[str, Tiny] = {
         },
         grids=((1, 4, 6), (1, 5, 7)),
         variants={"plain": as_it_is, "masked": masked_text, "further image": further_image},
+    ),
+}
+TINY |= {
+    "PixArtTransformer2DModel": Tiny(
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "num_layers": 2,
+            "cross_attention_dim": 32,
+            "sample_size": 16,
+            "caption_channels": 12,
+        },
+        grids=((1, 4, 6), (1, 5, 7)),
+        variants={"plain": as_it_is, "masked": masked_image},
+    ),
+    "SD3Transformer2DModel": Tiny(
+        {
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 12,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 10,
+            "pos_embed_max_size": 16,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": (0,),
+        },
+        grids=((1, 4, 6), (1, 5, 7)),
+    ),
+    "CogVideoXTransformer3DModel": Tiny(
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 12,
+            "num_layers": 2,
+            "sample_width": 12,
+            "sample_height": 8,
+            "sample_frames": 9,
+            "max_text_seq_length": 7,
+            "use_rotary_positional_embeddings": True,
+        },
+        variants={"plain": as_it_is, "resized positions": resized},
+    ),
+    "SanaVideoTransformer3DModel": Tiny(
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 24,
+            "cross_attention_dim": 48,
+            "caption_channels": 12,
+        },
+        own={"name": "linear", "eps": 1e-15},
+    ),
+    "Kandinsky6Transformer3DModel": Tiny(
+        {
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 12,
+            "in_text_dim2": 10,
+            "time_dim": 16,
+            "model_dim": 32,
+            "ff_dim": 48,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 6, 6),
+            "visual_cond": False,
+            "in_audio_dim": 5,
+            "out_audio_dim": 5,
+        },
+        variants={"plain": as_it_is, "reference frame": reference_frame, "audio": with_audio},
     ),
 }
 

@@ -9,8 +9,13 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
 
 ADAPTERS = {
-    "WanTransformer3DModel": "wan:WanAdapter",
+    "CogVideoXTransformer3DModel": "cogvideox:CogVideoXAdapter",
+    "Kandinsky6Transformer3DModel": "kandinsky6:Kandinsky6Adapter",
+    "PixArtTransformer2DModel": "pixart:PixArtAdapter",
     "QwenImageTransformer2DModel": "qwen_image:QwenImageAdapter",
+    "SD3Transformer2DModel": "sd3:SD3Adapter",
+    "SanaVideoTransformer3DModel": "sana_video:SanaVideoAdapter",
+    "WanTransformer3DModel": "wan:WanAdapter",
 }
 """Class name → ``module:attribute`` in this package."""
 

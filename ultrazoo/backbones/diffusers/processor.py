@@ -74,9 +74,11 @@ class Processor(nn.Module):
         """`attn` as the host of this call."""
         return ModuleHost(attn, self.frame, self.attention.site, names or self.names, across=self.across)
 
-    def attend(self, x: Tensor, host: Any, streams: Sequence[Stream] = ()) -> tuple[Tensor, list[Tensor]]:
+    def attend(
+        self, x: Tensor, host: Any, streams: Sequence[Stream] = (), key_valid: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Our attention over the grid's rows x (B, N, C) beside `streams`: y (B, N, C) through the host's output, and the
-        raw output (B, n, heads*D) of every stream."""
+        raw output (B, n, heads*D) of every stream. `key_valid` (B, N): which grid tokens are real."""
         streams = [stream for stream in streams if stream.q.shape[1]]
         extra = _extra(streams, x) if streams else None
         frame, call = self.installed.call(self.layer, extra)
@@ -86,6 +88,7 @@ class Processor(nn.Module):
                 f"{frame.grid} of {frame.tokens}; context parallelism and token dropping are not supported"
             )
         self._follow(x)
+        call.key_valid = key_valid
         found = self.attention(x, host, call)
         if extra is None:
             return found, []
