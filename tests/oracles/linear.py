@@ -6,10 +6,14 @@ only. Query i sees key j when j's chunk of frames is not after i's; extra keys a
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ultrazoo.testing import Case, extra_rows, grid_of, plain, real_keys
+from ultrazoo.testing import Case, affine, attend, extra_rows, grid_of, plain, real_keys, scores
 
 
 def feature(phi: str, z: Tensor) -> Tensor:
@@ -35,6 +39,39 @@ def seen(case: Case, chunk: int | None) -> Tensor:
     return torch.tensor([row + [True] * extra for row in rows])
 
 
+def window_at(place: int, length: int, count: int) -> int:
+    """Which of `count` windows of an axis, as equal as can be and the longer ones first, holds a place."""
+    end, longer = 0, length % count
+    for number in range(count):
+        end += length // count + (number < longer)
+        if place < end:
+            return number
+    raise AssertionError("a place beyond the axis")
+
+
+def beside(case: Case, options: Mapping[str, Any]) -> Tensor:
+    """SANA-Video's softmax branch: own projections, norms over all heads, rotary embedding, windows, and its factor."""
+    own, site = case.own("beside."), case.site
+    t, h, w = case.grid
+    counts = options["windows"] or (1, 1, 1)
+
+    def projected(name: str) -> Tensor:
+        z = affine(own, name, case.x)
+        if name != "v" and site.qk_norm:
+            z = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * own[f"norm_{name}"]
+        z = z.unflatten(-1, (site.heads, site.head_dim))
+        return z if name == "v" else case.host.rotate(z, grid_of(case.grid))
+
+    window = [
+        tuple(window_at(at, n, c) for at, n, c in zip(place, case.grid, counts, strict=True))
+        for place in itertools.product(range(t), range(h), range(w))
+    ]
+    same = torch.tensor([[one == other for other in window] for one in window])
+    real = torch.ones(case.x.shape[:2], dtype=torch.bool) if case.key_valid is None else case.key_valid
+    found = attend(scores(projected("q"), projected("k"), same & real[:, None, None, :]), projected("v"))
+    return own["scale"] * affine(own, "proj", found)
+
+
 def linear(case: Case) -> Tensor | tuple[Tensor, Tensor]:
     options = plain(case.spec)
     host, place = case.host, grid_of(case.grid)
@@ -52,4 +89,6 @@ def linear(case: Case) -> Tensor | tuple[Tensor, Tensor]:
         positive = q[:, :, head] @ k[:, :, head].transpose(1, 2) * allowed
         columns.append(signed @ v[:, :, head] / (positive.sum(-1, keepdim=True) + options["eps"]))
     y = host.out(torch.cat(columns, dim=-1))
+    if options["softmax_branch"] is not None:
+        y = y + beside(case, options["softmax_branch"])
     return y if case.extra is None else (y, extra_rows(case))

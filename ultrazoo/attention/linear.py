@@ -6,14 +6,15 @@ the denominator stays positive; sums and quotient are fp32. With `causal_chunks`
 query reads them up to and including its own chunk.
 
 We depart from the released code in three places: extra keys join S and z for every query, without a place of their own;
-extra queries attend densely with a softmax; a short last chunk is a chunk. SANA-Video's optional softmax branch (added to
-the output times a learnable scale that starts at 100) is left out. The locality that these models need comes from their
-mix-FFN, which the native backbones have as ``ffn: glumbconv``.
+extra queries attend densely with a softmax; a short last chunk is a chunk. SANA-Video's optional softmax branch, full or in
+windows, is `softmax_branch`; a model that has softmax attention in some layers is a recipe with layer keys. The locality
+that these models need comes from their mix-FFN, which the native backbones have as ``ffn: glumbconv``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import Problem
 from ..grid import Grid
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
 from .contract import Attention, Call, Extra, Host, Positions, grid_positions, refuse_segments
 from .grouped import attend_extra, slab_tokens
+from .softmax_branch import SoftmaxBranch, SoftmaxBranchSpec
 
 Raw = tuple[Tensor, Tensor, Tensor]
 
@@ -49,6 +52,18 @@ class LinearSpec(AttentionSpec):
     causal_chunks: int | None = option(
         None, "frames per chunk; a chunk sees itself and those before it. null: every token sees every token", ge=1
     )
+    softmax_branch: SoftmaxBranchSpec | None = option(
+        None, "softmax attention with projections of its own, added times a learned number; null: none"
+    )
+
+    def problems(self, site: Site) -> list[Problem]:
+        if self.softmax_branch is None:
+            return []
+        found = [problem.under("softmax_branch") for problem in self.softmax_branch.problems(site)]
+        if self.causal_chunks is not None:
+            rule = "sees frames of later chunks, and causal_chunks is given"
+            found.append(Problem("softmax_branch", rule, "use causal_chunks: null, or no softmax_branch"))
+        return found
 
     def cost(self, site: Site) -> Cost:
         tokens, more, width = site.tokens, site.extra_tokens, site.width
@@ -63,7 +78,7 @@ class LinearSpec(AttentionSpec):
             # its argument, the exponential and which side of zero, of q and k
             wide += 7
         frame = site.grid.h * site.grid.w
-        return Cost(
+        cost = Cost(
             pairs=pairs,
             attention_flops=attention,
             qkv_flops=qkv,
@@ -72,6 +87,24 @@ class LinearSpec(AttentionSpec):
             peak_elements=4 * tokens * width + 8 * frame * site.inner,
             saved_elements=(2 + 4 * site.qk_norm) * tokens * width + wide * tokens * site.inner,
             branches=(BranchCost("linear", pairs, attention, qkv),),
+        )
+        if self.softmax_branch is None:
+            return cost
+        more = self.softmax_branch.cost(site)
+        return dataclasses.replace(
+            cost,
+            pairs=pairs + more.pairs,
+            attention_flops=attention + more.attention_flops,
+            projection_flops=more.projection_flops,
+            other_flops=more.other_flops,
+            parameters=more.parameters,
+            # beside the other answer its queries, keys and values, two of them before and after their rotation, its answer
+            peak_elements=max(cost.peak_elements, tokens * site.dim + 6 * tokens * site.inner),
+            saved_elements=cost.saved_elements
+            + (6 + 4 * site.qk_norm) * tokens * site.inner
+            + tokens * site.heads
+            + tokens * site.dim,
+            branches=(*cost.branches, more),
         )
 
     def visible(self, site: Site, queries: Sequence[int] | None = None) -> np.ndarray:
@@ -92,7 +125,7 @@ class LinearSpec(AttentionSpec):
             start=Start("needs tuning", "SANA-Video, arXiv 2509.24695: trained from the image model SANA"),
             # a relu may leave a query and a key without a common channel
             visible="upper bound" if self.phi == "relu" else "exact",
-            min_grid=(1, 1, 1),
+            min_grid=(1, 1, 1) if self.softmax_branch is None else self.softmax_branch.min_grid,
             softmax=False,
             notes="with the rotary embedding in the numerator outputs are unbounded where the denominator is near zero: train "
             "in bf16 or fp32, fp16 overflows",
@@ -103,8 +136,11 @@ class LinearSpec(AttentionSpec):
         rope = Rope(axes=(4, 2, 2))
         site = Site(dim=24, heads=3, head_dim=8, grid=Grid(3, 5, 7), rope=rope, qk_norm=True)
         image = Site(dim=20, heads=3, head_dim=8, grid=Grid(1, 4, 5), has_timestep=False)
+        windows = SoftmaxBranchSpec(windows=(1, 2, 3), scale=0.7)
         return [
             (cls(), site),
+            (cls(softmax_branch=windows), site),
+            (cls(softmax_branch=SoftmaxBranchSpec()), image.at(dim=24)),
             (cls(rope="none"), image),
             (cls(phi="elu", causal_chunks=2), site.at(grid=Grid(5, 3, 4))),
             (cls(phi="softmax", eps=1e-4), site.at(grid=Grid(2, 3, 5), qk_norm=False, extra=(Segment("text", 4),))),
@@ -135,8 +171,18 @@ class LinearAttention(Attention):
         self.phi = FEATURES[spec.phi]
         self.chunk = spec.causal_chunks
         self.rotary = spec.rope == "numerator"
+        self.beside = None if spec.softmax_branch is None else SoftmaxBranch(spec.softmax_branch, site)
 
     def forward(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+        found = self._linear(x, host, call)
+        if self.beside is None:
+            return found
+        if isinstance(found, Tensor):
+            return found + self.beside(x, host, call, self.traced)
+        y, extra = found
+        return y + self.beside(x, host, call, self.traced), extra
+
+    def _linear(self, x: Tensor, host: Host, call: Call) -> Tensor | tuple[Tensor, Tensor]:
         if call.extra is not None:
             refuse_segments(self.spec.name, call.extra)
         raw = host.project(x, "qkv")  # three times (B, N, width)
