@@ -23,13 +23,11 @@ def noise(frames: int, height: int, width: int, *, seed: int = 0) -> Frames:
 def smooth(frames: int, height: int, width: int, *, seed: int = 0, grain: int = 9) -> Frames:
     """Moving blobs: noise in time and space, averaged over `grain` pixels by a box in fp64, stretched to 0..255."""
     rng = np.random.default_rng(seed)
-    field = rng.standard_normal((frames + 2, height + grain, width + grain, 3))
+    field = rng.standard_normal((frames + 3, height + grain, width + grain, 3))
     for axis, length in ((0, 3), (1, grain), (2, grain)):
         sums = np.cumsum(field, axis)
         ahead = np.take(sums, range(length, sums.shape[axis]), axis)
         field = ahead - np.take(sums, range(sums.shape[axis] - length), axis)
-    field = field[:frames, :height, :width]
-    field = np.concatenate([field] * (-(-frames // len(field))))[:frames]
     low, high = field.min(), field.max()
     return np.round((field - low) / (high - low) * 255).astype(np.uint8)
 

@@ -25,6 +25,8 @@ PACKAGES = (
     "transformers",
     "timm",
     "peft",
+    "av",
+    "torchmetrics",
     "onnx",
     "onnxruntime",
     "triton",

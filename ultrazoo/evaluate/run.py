@@ -202,6 +202,10 @@ def _options(patch_px: int, clip_frames: int, device: str) -> None:
         raise UsageError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
+
+
 def _pairs(videos: list[Path], references: list[Path]) -> list[tuple[Path, Path | None]]:
     if not videos:
         raise UsageError("evaluate needs a video")
@@ -209,7 +213,7 @@ def _pairs(videos: list[Path], references: list[Path]) -> list[tuple[Path, Path 
         return [(video, None) for video in videos]
     if len(references) != len(videos):
         raise UsageError(
-            f"{len(videos)} videos and {len(references)} references: the n-th is compared with the n-th, "
+            f"{_counted(len(videos), 'video')}, {_counted(len(references), 'reference')}: the n-th is compared with the n-th, "
             "so give --reference once for each video"
         )
     return list(zip(videos, references, strict=True))
@@ -252,5 +256,6 @@ def _large_enough(facts: Facts, rows: Sequence[Row]) -> None:
     short = [row for row in rows if facts.frames is not None and facts.frames < row.frames]
     if short:
         needs = listed(f"{row.name} needs {row.frames}" for row in short)
-        count = "1 frame" if facts.frames == 1 else f"{facts.frames} frames"
-        raise UsageError(f"{facts.path} has {count}: {needs}; leave them out with --metrics")
+        raise UsageError(
+            f"{facts.path} has {_counted(facts.frames or 0, 'frame')}: {needs}; leave them out with --metrics"
+        )

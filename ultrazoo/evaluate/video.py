@@ -20,8 +20,13 @@ from torch import Tensor
 from ..errors import UsageError
 
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
-# a playlist may name other files and servers; a measurement reads the one file that it was given
-LOCAL = {"protocol_whitelist": "file"}
+# a playlist may name other files and servers; a measurement reads the one file that it was given. Formats of sound alone are
+# read as well, to say what they are.
+FORMATS = (
+    "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,nut,ivf,h264,hevc,av1,obu,yuv4mpegpipe,gif,apng,png_pipe,jpeg_pipe,"
+    "wav,mp3,flac,aac"
+)
+LOCAL = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 
 
 @dataclass(frozen=True)
