@@ -198,12 +198,12 @@ def test_a_partial_cell_stands_in_the_middle_of_the_tokens_it_has() -> None:
     at = proxy_positions(grid, coarse, span)
     for places, length, size in zip(at[:3], grid, (2, 3, 4), strict=True):
         wanted = [np.mean(range(first, min(first + size, length))) for first in range(0, length, size)]
-        assert places.tolist() == wanted  # type: ignore[union-attr]
+        assert places.tolist() == wanted
 
 
 def test_a_proxy_of_the_grids_own_size_stands_on_its_tokens() -> None:
     at = proxy_positions((2, 3, 4), (2, 3, 4))
-    assert [axis.tolist() for axis in at[:3]] == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]  # type: ignore[union-attr]
+    assert [axis.tolist() for axis in at[:3]] == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("margin", [0, 1, "full"])

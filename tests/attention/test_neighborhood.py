@@ -16,7 +16,7 @@ from ultrazoo.attention.branched import BranchedSpec, BranchSpec
 from ultrazoo.attention.contract import Call
 from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.neighborhood import NeighborhoodSpec
-from ultrazoo.attention.parts.layouts import LayoutSpec, StridedSpec, WindowsSpec
+from ultrazoo.attention.parts.layouts import StridedSpec, WindowsSpec
 from ultrazoo.attention.sliding_tile import SlidingTileSpec
 from ultrazoo.attention.swin import SwinSpec
 from ultrazoo.errors import SiteError
@@ -34,7 +34,7 @@ def scenario(spec: AttentionSpec, site: Site = SITE) -> Scenario:
     return Scenario(Example(spec, site, "neighborhood"), torch.float64)
 
 
-def one_branch(layout: LayoutSpec) -> BranchedSpec:
+def one_branch(layout: StridedSpec | WindowsSpec) -> BranchedSpec:
     return BranchedSpec(branches={"only": BranchSpec(layout=layout)})
 
 

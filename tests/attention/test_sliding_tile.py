@@ -109,8 +109,8 @@ def test_windows_by_head_come_from_a_recipe() -> None:
         "attention", {"name": "sliding_tile", "tile": [2, 2, 2], "window": {"0-2": [1, 3, 3], "3": ["full", 1, 1]}}
     )
     assert problems == []
-    assert [group.heads for group in spec.groups(SITE.grid, 4)] == [(0, 1, 2), (3,)]  # type: ignore[union-attr]
-    assert spec.traits().start.kind == "training-free"  # type: ignore[union-attr]
+    assert [group.heads for group in spec.groups(SITE.grid, 4)] == [(0, 1, 2), (3,)]
+    assert spec.traits().start.kind == "training-free"
     assert SlidingTileSpec().traits().start.kind == "needs tuning"
 
 

@@ -287,7 +287,8 @@ def proxy_positions(
         # token i lies between i - 1/2 and i + 1/2
         edges = (torch.arange(cells + 1, device=device, dtype=torch.float32) * covered / cells).clamp(max=length)
         places.append((edges[:-1] + edges[1:] - 1) / 2)
-    return Positions(*places)
+    t, h, w = places
+    return Positions(t, h, w)
 
 
 def _split(spec: AtlasvidSpec, extra: Extra | None) -> tuple[Extra | None, Extra | None]:
