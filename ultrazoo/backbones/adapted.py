@@ -104,12 +104,13 @@ def _cost(spec: AdaptedSpec, grid: Grid) -> BackboneCost:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     arguments = adapter.inputs(settings, grid, 1, spec.text_tokens, make)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(**arguments)
+        adapter.count(model, arguments)
     counts = {name: sum(row.values()) for name, row in counter.get_flop_counts().items()}
     prefix = type(model).__name__
 
     def flops(path: str) -> int:
-        return counts.get(f"{prefix}.{path}", 0)
+        # below the model's own name, or at the top where parts of it were run by themselves
+        return counts.get(f"{prefix}.{path}", counts.get(path, 0))
 
     sites = spec.sites(grid)
     layers = tuple(

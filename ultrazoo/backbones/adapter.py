@@ -120,6 +120,10 @@ class Adapter:
         """FLOPs of a layer beside its grid's attention and projections; ``flops(path)`` is what a module counted."""
         return flops(self.block(path)) - dense_cost(site).flops
 
+    def count(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Run `model` on the meta device, for its FLOPs."""
+        model(**arguments)
+
     def inputs(self, config: Config, grid: Grid, batch: int, text_tokens: int, make: Callable[..., Tensor]) -> Any:
         """Arguments of a forward over `grid`; ``make(*shape)`` gives a tensor."""
         raise NotImplementedError

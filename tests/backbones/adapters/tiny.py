@@ -74,7 +74,7 @@ def reference_frame(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
     return {**arguments, "hidden_states": frames, "visual_rope_pos": positions}
 
 
-def with_audio(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:  # noqa: ARG001
+def with_audio(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
     return {**arguments, "audio_hidden_states": torch.randn(2, 5, 5)}
 
 
@@ -185,6 +185,48 @@ TINY |= {
             "out_audio_dim": 5,
         },
         variants={"plain": as_it_is, "reference frame": reference_frame, "audio": with_audio},
+    ),
+}
+
+
+def padded_context(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    found = dict(arguments)
+    for name in ("encoder_attention_mask", "encoder_attention_mask_2"):
+        if name in found:
+            found[name] = found[name].clone()
+            found[name][1, 3:] = False
+            found[name][0, 5:] = False
+    return found
+
+
+def with_image(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return padded_context({**arguments, "image_embeds": torch.randn_like(arguments["image_embeds"])}, grid)
+
+
+_HUNYUAN = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 12,
+    "rope_axes_dim": (4, 6, 6),
+}
+TINY |= {
+    "HunyuanVideoTransformer3DModel": Tiny(
+        {**_HUNYUAN, "num_layers": 1, "num_single_layers": 1, "pooled_projection_dim": 10},
+        variants={"plain": as_it_is, "padded": padded_context},
+    ),
+    "HunyuanVideo15Transformer3DModel": Tiny(
+        {
+            **_HUNYUAN,
+            "num_layers": 2,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "text_embed_2_dim": 10,
+            "image_embed_dim": 14,
+        },
+        variants={"plain": as_it_is, "padded": padded_context, "image": with_image},
     ),
 }
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 ADAPTERS = {
     "CogVideoXTransformer3DModel": "cogvideox:CogVideoXAdapter",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15:HunyuanVideo15Adapter",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video:HunyuanVideoAdapter",
     "Kandinsky6Transformer3DModel": "kandinsky6:Kandinsky6Adapter",
     "PixArtTransformer2DModel": "pixart:PixArtAdapter",
     "QwenImageTransformer2DModel": "qwen_image:QwenImageAdapter",
