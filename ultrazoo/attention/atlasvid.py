@@ -28,6 +28,7 @@ from torch import Tensor
 from ..errors import Problem, UsageError
 from ..grid import AXES, Grid
 from ..ops.boxes import Boxes, visited, windowed
+from ..ops.graphs import constant_in_graphs
 from ..ops.pool import true_means
 from ..ops.precision import wide_dtype
 from ..spec import AttentionSpec, BranchCost, Cost, Options, Rope, Segment, Site, Start, Traits, option
@@ -206,7 +207,7 @@ class AtlasvidSpec(AttentionSpec):
 class AtlasvidAttention(Attention):
     """(B, N, C) → (B, N, C); with extra tokens also (B, M, heads*D)."""
 
-    @torch.compiler.assume_constant_result
+    @constant_in_graphs
     def plan(self, t: int, h: int, w: int, pt: int, ph: int, pw: int) -> Boxes:
         """The boxes at a grid, with a proxy of the second grid."""
         spec: Any = self.spec

@@ -21,6 +21,7 @@ from ..errors import Problem
 from ..grid import Grid
 from ..kernels import attend
 from ..kernels.block_map import BlockMap
+from ..ops.graphs import outside_graphs
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
 from .contract import Attention, Call, Host, grid_positions
 from .full import kernel_problems
@@ -254,7 +255,7 @@ class BlockSparseAttention(Attention):
         return rows.index_copy(1, dense, found.to(rows.dtype))
 
     # lists of blocks are data: a compiler goes around them
-    @torch.compiler.disable
+    @outside_graphs
     def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Grid rows (B, N, heads, D) in the grid's order, and rows of extra tokens that follow the pattern."""
         spec: Any = self.spec

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import Problem
 from ..grid import Grid
 from ..kernels import attend
+from ..ops.graphs import outside_graphs
 from ..spec import AttentionSpec, Cost, Rope, Site, Start, Traits, option
 from .contract import Attention, Call, Host, grid_positions, refuse_segments
 from .full import dense_cost
@@ -108,7 +109,7 @@ SkipSoftmaxAttentionSpec.module = SkipSoftmaxAttention
 
 
 # what is skipped is data: a compiler goes around it
-@torch.compiler.disable
+@outside_graphs
 def _skipping(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, threshold: float) -> Tensor:
     """(B, N, heads, D) against (B, keys, heads, D)."""
     found = attend(*(z.transpose(1, 2) for z in (q, k, v)), key_mask=mask, kernel="skip_softmax", threshold=threshold)

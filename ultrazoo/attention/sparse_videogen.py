@@ -25,6 +25,7 @@ from ..grid import Grid
 from ..kernels import attend
 from ..kernels.block_map import BlockMap
 from ..ops.blocks import Blocks, even_blocks
+from ..ops.graphs import outside_graphs
 from ..ops.orders import columns
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
 from .contract import Attention, Call, Host, grid_positions, refuse_segments
@@ -139,7 +140,7 @@ class SparseVideoGenAttention(Attention):
         return out, attend_extra(call.extra, k, v, call.key_valid, "auto")
 
     # the order of tokens is data: a compiler goes around it
-    @torch.compiler.disable
+    @outside_graphs
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Grid rows (B, N, heads, D)."""
         spec: Any = self.spec

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..grid import Grid
 from ..ops.boxes import AxisView, Boxes, fitted, visited
+from ..ops.graphs import constant_in_graphs
 from ..spec import AttentionSpec, BranchCost, Cost, Site
 from .boxed import Job, attend_boxes
 from .by_head import pick
@@ -147,7 +148,7 @@ def plain_grid(grid: Sequence[int]) -> tuple[int, int, int]:
 class ViewsAttention(Attention):
     """(B, N, C) → (B, N, C); with extra tokens also (B, M, heads*D)."""
 
-    @torch.compiler.assume_constant_result
+    @constant_in_graphs
     def plan(self, t: int, h: int, w: int) -> tuple[tuple[tuple[int, ...] | None, Boxes], ...]:
         """Heads (None: all) and their boxes at a grid."""
         spec: Any = self.spec

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.blocks import block_valid, padded, unpadded
+from ..ops.graphs import outside_graphs
 from .block_map import BlockMap
 from .door import Inputs, KernelSpec
 
@@ -73,7 +74,7 @@ class FlexSpec(KernelSpec):
         return found
 
     @classmethod
-    @torch.compiler.disable
+    @outside_graphs
     def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         block_map: BlockMap = inputs.block_map
         q, k, v = (

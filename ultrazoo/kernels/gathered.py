@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.blocks import block_valid, padded, unpadded
+from ..ops.graphs import outside_graphs
 from .block_map import BlockMap, RowLists, row_lists
 from .door import Inputs, KernelSpec
 
@@ -41,7 +42,7 @@ class GatheredSpec(KernelSpec):
         return found
 
     @classmethod
-    @torch.compiler.disable
+    @outside_graphs
     def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         block_map: BlockMap = inputs.block_map
         scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.graphs import outside_graphs
 from .door import Inputs, KernelSpec
 from .sdpa import additive
 
@@ -40,7 +41,7 @@ class SkipSoftmaxSpec(KernelSpec):
         return found
 
     @classmethod
-    @torch.compiler.disable
+    @outside_graphs
     def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         batch, heads, queries = inputs.q.shape[:3]
         whole = queries // TILE

@@ -1,0 +1,66 @@
+"""Functions outside graphs: never compiled, and written down without the compiler being imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from ultrazoo.ops.graphs import constant_in_graphs, outside_graphs
+
+
+class Twice(nn.Module):
+    """A step that depends on values between two that do not; `seen` counts Python's calls of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._count(x + 1) * 2
+
+    @outside_graphs
+    def _count(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        assert not torch.compiler.is_compiling()
+        return x * int((x > 0).sum())
+
+
+def test_a_compiler_goes_around() -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    module = Twice()
+    compiled = torch.compile(module, backend=keep)
+    for size in (3, 5, 7):
+        x = torch.arange(size) - 1.5
+        assert torch.equal(compiled(x), (x + 1) * int((x + 1 > 0).sum()) * 2)
+    assert module.seen == 3
+    assert graphs
+    assert not any("sum" in str(node.target) or "gt" in str(node.target) for one in graphs for node in one.graph.nodes)
+
+
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    def ours() -> int:
+        return 3
+
+    def theirs() -> int:
+        return 3
+
+    assert vars(constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs))
+    assert vars(ours)
+
+
+def test_no_attention_imports_the_compiler() -> None:
+    """It takes longer to import than torch does, and a plan compiles nothing."""
+    code = (
+        "import sys; from ultrazoo import registry; "
+        "[registry.find('attention', row.name) for row in registry.entries('attention') if row.builtin]; "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,38 @@
+"""Marks of functions for the compiler, made without importing it.
+
+torch's own decorators import the compiler where they are written, which took a plan twice as long as importing torch does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Never compiled: `torch.compiler.disable`, applied once the compiler is there."""
+    disabled: list[Callable[P, R]] = []
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    return call
+
+
+def constant_in_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Called while a graph is made, and its answer is a constant there: `torch.compiler.assume_constant_result`."""
+    # all that torch's own does; a test holds the two together
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
