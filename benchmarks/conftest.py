@@ -29,7 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = {}
 
 
-_ROWS: pytest.StashKey[dict[str, list[Row]]] = pytest.StashKey()
+_ROWS: pytest.StashKey[dict[tuple[str, str], list[Row]]] = pytest.StashKey()
+"""Rows by the name of their result file and the test's id."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,18 +52,25 @@ def command(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
-    """Keep a row of this test. To be called after the gate and before the target is asserted."""
+    """Keep a row of this test. To be called after the gate and before the target is asserted.
+
+    A test module names its result file as `RESULTS_NAME`; without it rows go to ``cpu``.
+    """
+    name = getattr(request.module, "RESULTS_NAME", "cpu")
 
     def keep(row: Row) -> None:
-        request.config.stash[_ROWS].setdefault(request.node.nodeid, []).append(row)
+        request.config.stash[_ROWS].setdefault((name, request.node.nodeid), []).append(row)
 
     return keep
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    rows = [row for kept in session.config.stash[_ROWS].values() for row in kept]
-    if rows and not session.config.getoption("--no-results"):
-        store(rows, Path(session.config.getoption("--results")))
+    files: dict[str, list[Row]] = {}
+    for (name, _), kept in session.config.stash[_ROWS].items():
+        files.setdefault(name, []).extend(kept)
+    if not session.config.getoption("--no-results"):
+        for name, rows in files.items():
+            store(rows, Path(session.config.getoption("--results")), name)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

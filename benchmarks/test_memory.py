@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.gates import against_oracle
+from benchmarks.live import Live
 from benchmarks.measure import watch
 from benchmarks.rows import ROOT, Row
 from ultrazoo.attention.contract import grid_positions
@@ -22,29 +19,6 @@ from ultrazoo.spec import Rope
 GRID_4K = (21, 136, 240)
 FORWARD_GRID = (2, 24, 40)
 MEGABYTE, GIGABYTE = 10**6, 10**9
-
-
-class Live(TorchDispatchMode):
-    """Bytes of tensors alive that were made inside the ``with`` block, beside those `given`; `peak` is the most at one moment."""
-
-    def __init__(self, *given: torch.Tensor) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet(one.untyped_storage() for one in given)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(storage)
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes())
-        return out
-
-    def _add(self, amount: int) -> None:
-        self.now += amount
-        self.peak = max(self.peak, self.now)
 
 
 def test_rope_tables_at_4k(record: Callable[[Row], None], command: str) -> None:
