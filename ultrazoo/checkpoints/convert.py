@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,13 @@ from ..weights.keymaps import FORMATS, Format
 from ..weights.match import Row, table_lines
 from ..weights.meaning import by_layer, require_released
 from ..weights.pickled import SUFFIXES
-from ..weights.slots import Slot, Values, stream
+from ..weights.slots import Slot, slots_of, stream
 from ..weights.staging import refuse_existing, staged, staged_file
 from ..weights.tensors import Entry
 from ..weights.torchfile import write_torch_file
 from ..weights.writer import SHARD_BYTES, Progress, Written, header_room, order, write_checkpoint, write_file
+from .lora import with_lora
+from .merge import Merging, merged_plan
 from .source import Source, opened, require_heads
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Converted:
     parameters: int
     dtypes: tuple[str, ...]
     notes: tuple[str, ...]
+    plan: Plan
+    merged_from: Plan | None = None
 
     def data(self) -> dict[str, Any]:
         return {
@@ -68,6 +72,7 @@ class Converted:
             "parameters": self.parameters,
             "dtypes": list(self.dtypes),
             "notes": list(self.notes),
+            **({} if self.merged_from is None else {"before": _priced(self.merged_from), "after": _priced(self.plan)}),
         }
 
 
@@ -77,6 +82,8 @@ def convert(
     to: str,
     *,
     overrides: Sequence[str] = (),
+    lora: str | os.PathLike[str] | None = None,
+    merge: bool = False,
     force: bool = False,
     limit: int = SHARD_BYTES,
     progress: Progress | None = None,
@@ -87,7 +94,8 @@ def convert(
     A directory holds safetensors (sharded above `limit` bytes) and the ``config.json`` of the program that reads it; for
     ``ultrazoo`` it is what `from_pretrained` opens, with the `extra_files` of its plan beside. A file ends in ``.safetensors``, or in
     ``.ckpt``, ``.pt`` or ``.pth`` for a torch file of a plain state dict. `overrides` (``key=value``) correct the recipe
-    made from the tensors' shapes. Raises WeightsError with a table of what does not fit, OutputError.
+    made from the tensors' shapes. `lora` is a LoRA in peft's layout to add to the weights it names. With `merge` (``to`` is
+    ``ultrazoo``) every ``adapt: lora`` becomes ``adapt: own``, in weights and recipe. Raises WeightsError with a table of what does not fit, OutputError.
     """
     if to not in FORMATS:
         hint = near(to, FORMATS)
@@ -96,18 +104,19 @@ def convert(
     single = place.suffix in FILES
     if single and to == "ultrazoo":
         raise UsageError(f"the format ultrazoo is a directory with its recipe; {place} is named like a file")
+    if merge and to != "ultrazoo":
+        raise UsageError(f"merged LoRAs are projections that the format {to} has no place for; use --to ultrazoo")
     if not single:
         refuse_existing(Path(os.path.realpath(out)), force)
     with opened(source, overrides) as found:
         _refuse_itself(found, place)
+        if lora is not None:
+            found = with_lora(found, lora)
         if to == "ultrazoo":
-            return _to_ours(found, place, force, progress, extra_files)
+            return _to_ours(found, place, merge, force, progress, extra_files)
         names = _renamed(found, FORMATS[to])
         slots = {names[slot.name]: slot for slot in found.slots}
-        stored = found.checkpoint.entries
-        entries = order(
-            [Entry(key, slot.shape, stored[found.match.reused[slot.name]].dtype) for key, slot in slots.items()]
-        )
+        entries = order([Entry(key, slot.shape, found.entry(slot.name).dtype) for key, slot in slots.items()])
         tensors = _tensors(found, [(entry.name, slots[entry.name]) for entry in entries])
         if single:
             written = [_one_file(place, entries, tensors, force, progress)]
@@ -119,8 +128,7 @@ def convert(
 def _tensors(found: Source, rows: Sequence[tuple[str, Slot]]) -> Iterator[tuple[str, Tensor]]:
     """(their key, tensor) in the order of `rows`."""
     keys = iter(rows)
-    read = found.checkpoint.tensor
-    for _, tensor in stream([slot for _, slot in rows], lambda slot: read(found.match.reused[slot.name])):
+    for _, tensor in stream([slot for _, slot in rows], lambda slot: found.tensor(slot.name)):
         yield next(keys)[0], tensor
 
 
@@ -224,15 +232,39 @@ def _wan(spec: BackboneSpec) -> WanSpec:
     return spec
 
 
-def _to_ours(found: Source, out: Path, force: bool, progress: Progress | None, extra_files: Pages | None) -> Converted:
+def _to_ours(
+    found: Source, out: Path, merge: bool, force: bool, progress: Progress | None, extra_files: Pages | None
+) -> Converted:
     require_heads(found, "a recipe")
-    plan = found.plan
-    values = Values(found.model, seed=plan.resolved.seed, dtype=None, match=found.match, checkpoint=found.checkpoint)
+    plan, slots = found.plan, found.slots
+    get: Source | Merging = found
     origin = {"seed": plan.resolved.seed, "weights": found.match.data()}
+    if merge:
+        plan = merged_plan(plan)
+        merged = assemble.skeleton(plan)
+        get = Merging(found.model, merged, {slot.name: found.entry(slot.name) for slot in slots}, found.tensor)
+        slots = [slot for slot in slots_of(merged) if slot.saved]
+        origin["merged"] = found.plan.hash
     written = assemble.write_directory(
-        plan, values.slots, values.entry, values.tensor, origin, out, force, progress, extra_files and extra_files(plan)
+        plan,
+        slots,
+        lambda slot: get.entry(slot.name),
+        lambda slot: get.tensor(slot.name),
+        origin,
+        out,
+        force,
+        progress,
+        extra_files and extra_files(plan),
     )
-    return _report(found, "ultrazoo", out, written, [values.entry(slot) for slot in found.slots], found.notes)
+    done = _report(found, "ultrazoo", out, written, [get.entry(slot.name) for slot in slots], found.notes)
+    return replace(done, plan=plan, merged_from=found.plan) if merge else done
+
+
+def _priced(plan: Plan) -> dict[str, Any]:
+    """What merging changes of a plan; FLOPs are of one forward at its size."""
+    totals = plan.totals
+    flops = totals.attention_flops + totals.projection_flops + totals.other_flops
+    return {"hash": plan.hash, "parameters": totals.parameters, "flops": flops}
 
 
 def _report(
@@ -248,7 +280,8 @@ def _report(
         len(entries),
         sum(entry.numel for entry in entries),
         tuple(sorted({_type(entry.dtype) for entry in entries})),
-        notes,
+        (*found.done, *notes),
+        found.plan,
     )
 
 

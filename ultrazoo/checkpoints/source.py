@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import assemble, recipe
 from ..errors import WeightsError
@@ -18,6 +18,7 @@ from ..weights.match import Match, detect, match
 from ..weights.reader import Checkpoint, open_checkpoint
 from ..weights.slots import Slot, slots_of
 from ..weights.staging import is_ours
+from ..weights.tensors import Entry
 
 if TYPE_CHECKING:
     from ..recipe import Plan
@@ -36,6 +37,20 @@ class Source:
     match: Match
     notes: tuple[str, ...]
     heads_known: bool
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """What is done to tensors on their way, by our name; shape and type stay."""
+    done: tuple[str, ...] = ()
+    """The same in words."""
+
+    def entry(self, name: str) -> Entry:
+        """Shape and type of the parameter `name`, as the file has it."""
+        stored = self.checkpoint.entries[self.match.reused[name]]
+        return Entry(name, stored.shape, stored.dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter `name` on the CPU; it may be the file's own memory."""
+        tensor = self.checkpoint.tensor(self.match.reused[name])
+        return self.changes[name](tensor) if name in self.changes else tensor
 
     @property
     def slots(self) -> list[Slot]:
