@@ -242,7 +242,9 @@ class HeadSlice:
         return q, k, v
 
     def rotate(self, z: Tensor, positions: Positions) -> Tensor:
-        return self.raw.host.rotate(z, positions)
+        # only hosts whose heads turn by different frequencies have it
+        of_heads = getattr(self.raw.host, "rotate_heads", None)
+        return self.raw.host.rotate(z, positions) if of_heads is None else of_heads(z, positions, self.picked)
 
     def out(self, y: Tensor) -> Tensor:
         return y

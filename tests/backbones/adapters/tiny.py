@@ -14,6 +14,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from tests.backbones.adapters.joint import ROWS as JOINT
+from tests.backbones.adapters.packed import ROWS as PACKED
 from ultrazoo.backbones.diffusers import adapter_named
 from ultrazoo.grid import Grid
 
@@ -229,6 +231,8 @@ TINY |= {
         variants={"plain": as_it_is, "padded": padded_context, "image": with_image},
     ),
 }
+TINY |= {name: Tiny(**row) for name, row in PACKED.items()}
+TINY |= {name: Tiny(**row) for name, row in JOINT.items()}
 
 CASES = [(name, variant) for name, row in TINY.items() for variant in row.variants]
 

@@ -10,14 +10,17 @@ if TYPE_CHECKING:
 
 ADAPTERS = {
     "CogVideoXTransformer3DModel": "cogvideox:CogVideoXAdapter",
+    "Flux2Transformer2DModel": "flux2:Flux2Adapter",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15:HunyuanVideo15Adapter",
     "HunyuanVideoTransformer3DModel": "hunyuan_video:HunyuanVideoAdapter",
     "Kandinsky6Transformer3DModel": "kandinsky6:Kandinsky6Adapter",
+    "LTXVideoTransformer3DModel": "ltx:LTXVideoAdapter",
     "PixArtTransformer2DModel": "pixart:PixArtAdapter",
     "QwenImageTransformer2DModel": "qwen_image:QwenImageAdapter",
     "SD3Transformer2DModel": "sd3:SD3Adapter",
     "SanaVideoTransformer3DModel": "sana_video:SanaVideoAdapter",
     "WanTransformer3DModel": "wan:WanAdapter",
+    "ZImageTransformer2DModel": "z_image:ZImageAdapter",
 }
 """Class name → ``module:attribute`` in this package."""
 

@@ -1,0 +1,92 @@
+"""Tiny models whose sequences are packed rows (LTX, LTX-2, MiniMax-H3), and the ways to call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultrazoo.grid import Grid
+
+
+def as_it_is(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return arguments
+
+
+def places(*axes: Tensor) -> Tensor:
+    """(t, h, w) of every row of a grid: (n, 3)."""
+    return torch.cartesian_prod(*axes).reshape(-1, 3)
+
+
+def ltx_places(grid: Grid, first: float = 0.0, frames: int | None = None) -> Tensor:
+    """Seconds and pixels of a clip's rows, (n, 3); its first frame at `first` seconds, a sixth of a second before others."""
+    length = grid.t if frames is None else frames
+    t = (torch.arange(length) * 8.0 - 7).clamp(min=0) / 25 + first
+    return places(t, torch.arange(grid.h) * 32.0, torch.arange(grid.w) * 32.0)
+
+
+def by_coordinates(arguments: dict[str, Any], grid: Grid, rows: Tensor) -> dict[str, Any]:
+    """The call with more rows, and video_coords in place of sizes."""
+    x = arguments["hidden_states"]
+    kept = {
+        k: v for k, v in arguments.items() if k not in ("num_frames", "height", "width", "rope_interpolation_scale")
+    }
+    more = torch.randn(2, rows.shape[0] - x.shape[1], x.shape[2])
+    return {**kept, "hidden_states": torch.cat([x, more], dim=1), "video_coords": rows.T.expand(2, 3, -1)}
+
+
+def given_places(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return by_coordinates(arguments, grid, ltx_places(grid))
+
+
+def conditions_first(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Two images at later times before the clip, and a noise level for every row."""
+    rows = torch.cat([ltx_places(grid, 3.2, 1), ltx_places(grid, 1.6, 1), ltx_places(grid)])
+    levels = torch.full((2, rows.shape[0]), 700.0)
+    levels[:, : 2 * grid.h * grid.w] = 50.0
+    return {**by_coordinates(arguments, grid, rows), "timestep": levels}
+
+
+def overlap_last(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """A window of a long video: one more frame after the clip, at a time before it; sizes that say nothing."""
+    found = by_coordinates(arguments, grid, torch.cat([ltx_places(grid), ltx_places(grid, -0.04, 1)]))
+    return {**found, "num_frames": 1, "height": 1, "width": 1, "timestep": found["timestep"][:, None, None]}
+
+
+def levels_per_row(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return {**arguments, "timestep": torch.linspace(0, 900, grid.tokens).expand(2, -1).contiguous()}
+
+
+def one_level_column(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return {**arguments, "timestep": arguments["timestep"][:, None]}
+
+
+def masked_prompt(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    mask = torch.ones_like(arguments["encoder_attention_mask"])
+    mask[1, 3:] = 0
+    return {**arguments, "encoder_attention_mask": mask}
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "LTXVideoTransformer3DModel": {
+        "settings": {
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "num_layers": 2,
+            "caption_channels": 12,
+        },
+        "variants": {
+            "plain": as_it_is,
+            "masked": masked_prompt,
+            "per token": levels_per_row,
+            "a column": one_level_column,
+            "coordinates": given_places,
+            "conditions first": conditions_first,
+            "overlap last": overlap_last,
+        },
+    },
+}
