@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from .backbones.diffusers.install import uninstall
 from .backbones.session import Session
 from .errors import UsageError, listed
 from .ops import init
+from .recipe.tree import Mark, copy, from_plain
 from .weights.slots import seeded
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def apply(target: Any, source: Source, *overrides: str) -> Report:
     """
     models = _models(target)
     known = {name: _node_of(model) for name, model in models.items()}
-    plans = {name: _plan(known[name], source, overrides) for name in models}
+    plans = {name: plan_for(known[name], source, overrides) for name in models}
     done: list[AppliedModel] = []
     try:
         for name, model in models.items():
@@ -148,7 +149,8 @@ def _node_of(model: nn.Module) -> dict[str, Any]:
     return {"name": "diffusers", "model": name, "config": json.loads(json.dumps(kept, default=str))}
 
 
-def _plan(backbone: dict[str, Any], source: Source, overrides: tuple[str, ...]) -> Plan:
+def plan_for(backbone: dict[str, Any], source: Source, overrides: tuple[str, ...] = ()) -> Plan:
+    """The plan of a recipe on another backbone node of the same model; a recipe may leave its backbone out."""
     loaded = _loaded(source, overrides)
     data = loaded.data()
     written = data.get("backbone")
@@ -158,9 +160,11 @@ def _plan(backbone: dict[str, Any], source: Source, overrides: tuple[str, ...]) 
             "backbone out, or name the model's"
         )
     kept = {key: value for key, value in (written or {}).items() if key in ("text_tokens", "strides")}
-    data["backbone"] = {**backbone, **kept}
-    data.setdefault("name", loaded.name)
-    return recipe.make_plan(recipe.resolve(recipe.load(data)))
+    # the tree keeps its marks: problems still name the recipe's file and line, paths stay relative to it
+    node, _ = from_plain({**backbone, **kept}, Mark())
+    tree = copy(loaded.tree)
+    tree.put("backbone", node, Mark())
+    return recipe.make_plan(recipe.resolve(replace(loaded, tree=tree)))
 
 
 def _loaded(source: Source, overrides: tuple[str, ...]) -> Recipe:
@@ -173,7 +177,7 @@ def _loaded(source: Source, overrides: tuple[str, ...]) -> Recipe:
     return recipe.load(source, overrides)
 
 
-_NATIVE = {"wan": "WanTransformer3DModel"}
+NATIVE = {"wan": "WanTransformer3DModel"}
 """Native backbones and the class that is the same model: their recipes hold for it when the sizes agree."""
 
 
@@ -183,7 +187,7 @@ def _same(written: Any, backbone: dict[str, Any]) -> bool:
     name = written.get("name")
     if name == "diffusers":
         return written.get("model") in (None, backbone["model"])
-    return _NATIVE.get(str(name)) == backbone["model"]
+    return NATIVE.get(str(name)) == backbone["model"]
 
 
 def _label(written: Any) -> str:

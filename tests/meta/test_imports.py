@@ -34,6 +34,7 @@ ORDER = (
     "inplace",
     "analysis",
     "report",
+    "generate",
     "evaluate",
     "testing",
     "cli",

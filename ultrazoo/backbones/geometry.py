@@ -54,6 +54,12 @@ class Geometry:
             return 1 + (frames - 1) // self.strides[0]
         return -(-frames // self.strides[0])
 
+    def pixels(self, grid: Grid) -> tuple[int, int, int]:
+        """Width, height and frames of the video behind a token grid."""
+        latent = self.latent(grid)
+        frames = 1 + (latent[0] - 1) * self.strides[0] if self.causal else latent[0] * self.strides[0]
+        return latent[2] * self.strides[2], latent[1] * self.strides[1], frames
+
     def latent(self, grid: Grid) -> tuple[int, int, int]:
         """Latent frames, rows and columns (F, h, w) behind a token grid."""
         return (grid.t * self.patch[0], grid.h * self.patch[1], grid.w * self.patch[2])

@@ -1,0 +1,170 @@
+"""`generate` end to end, offline, on tiny random pipelines in the real layout on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.generate.tiny_pipelines import MAKERS, pipeline_folder
+from ultrazoo.errors import OutputError, UsageError
+from ultrazoo.generate.families import BY_PIPELINE
+from ultrazoo.generate.latents import Latents
+from ultrazoo.generate.media import pixels, read_note
+from ultrazoo.generate.run import Wanted, generate, resume
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPT = "a red ball rolls over the sea"
+ORIGINAL = {"*": {"name": "original"}}
+FULL = {"*": {"name": "full"}}
+WINDOWS = {"*": {"name": "branched", "branches": {"near": {"layout": {"name": "windows", "counts": [2, 2]}}}}}
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def folder(request: Any, tmp_path_factory: Any) -> Path:
+    return pipeline_folder(request.param, tmp_path_factory.mktemp("pipelines") / request.param)
+
+
+def family_of(folder: Path) -> Any:
+    return BY_PIPELINE[folder.name]
+
+
+def recipe(folder: Path, attention: Any, **more: Any) -> dict[str, Any]:
+    video = {"width": 64, "height": 64, "frames": 9 if family_of(folder).kind == "video" else 1}
+    sampling = {"steps": 3, "guidance": 4.0}
+    return {"name": "tiny", "video": video, "sampling": sampling, "attention": attention, "dtype": "float32", **more}
+
+
+def wanted(place: Path, folder: Path, name: str = "out", **more: Any) -> Wanted:
+    suffix = ".mp4" if family_of(folder).kind == "video" else ".png"
+    return Wanted(prompt=PROMPT, out=place / f"{name}{suffix}", **more)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def latents_of(made: Any) -> torch.Tensor:
+    return Latents.load(made.latents).video[0]
+
+
+def direct(folder: Path) -> np.ndarray:
+    """What the pipeline makes by itself, without us: frames or an image, in [0, 1]."""
+    import diffusers
+
+    cls = getattr(diffusers, folder.name)
+    if issubclass(cls, diffusers.ModularPipeline):
+        pipeline = cls.from_pretrained(str(folder), local_files_only=True)
+        pipeline.load_components(dtype=torch.float32, local_files_only=True)
+    else:
+        pipeline = cls.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+        pipeline.set_progress_bar_config(disable=True)
+    from ultrazoo.generate.families import Request
+
+    family = family_of(folder)
+    if family.guider:
+        pipeline.guider = pipeline.guider.new(guidance_scale=4.0)
+    frames = 9 if family.kind == "video" else 1
+    arguments = family.arguments(Request(PROMPT, 64, 64, frames, 3, 4.0))
+    with torch.no_grad():
+        out = pipeline(**arguments, output_type="np", generator=torch.Generator().manual_seed(0))
+    found = next(getattr(out, name) for name in ("frames", "images", "videos") if hasattr(out, name))
+    return np.asarray(found[0])
+
+
+def test_the_models_own_attention_gives_the_pipelines_own_picture(folder, tmp_path):
+    due = direct(folder)
+    for name, attention in (("original", ORIGINAL), ("full", FULL)):
+        made = generate(recipe(folder, attention), folder, wanted(tmp_path, folder, name), say=quiet)
+        seen = shown(made.out)
+        assert seen.shape == due.shape
+        if family_of(folder).kind == "image":
+            # one step of rounding where fp32 sums differ
+            assert np.abs(seen.astype(int) - pixels(due).astype(int)).max() <= 1
+        else:
+            # H.264 at a high quality
+            assert np.abs(seen / 255 - due).mean() < 0.06
+
+
+def shown(path: Path) -> np.ndarray:
+    if path.suffix == ".png":
+        from PIL import Image
+
+        return np.asarray(Image.open(path))
+    import av
+
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_a_recipe_changes_the_latents_and_a_seed_keeps_them(folder, tmp_path):
+    full = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "full"), say=quiet)
+    same = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "same"), say=quiet)
+    other = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "other", seed=1), say=quiet)
+    lines: list[str] = []
+    near = generate(recipe(folder, WINDOWS), folder, wanted(tmp_path, folder, "near"), say=lines.append)
+    assert torch.equal(latents_of(full), latents_of(same))
+    for changed in (other, near):
+        assert not torch.allclose(latents_of(full), latents_of(changed), atol=1e-3)
+    assert any(line.startswith("warning: branched needs tuning") for line in lines)
+    note = read_note(near.out)
+    assert note["seed"] == 0
+    assert note["prompt"] == PROMPT
+    assert len(note["recipe_hash"]) == 64
+
+
+def test_per_step_schedules_are_honoured(folder, tmp_path):
+    steps = {"0-2": {"*": {"name": "full"}}}
+    everywhere = generate(recipe(folder, WINDOWS, steps=steps), folder, wanted(tmp_path, folder, "all"), say=quiet)
+    full = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "full"), say=quiet)
+    first = generate(
+        recipe(folder, WINDOWS, steps={"0": {"*": {"name": "full"}}}), folder, wanted(tmp_path, folder, "1"), say=quiet
+    )
+    near = generate(recipe(folder, WINDOWS), folder, wanted(tmp_path, folder, "near"), say=quiet)
+    assert torch.equal(latents_of(everywhere), latents_of(full))
+    for other in (full, near):
+        assert not torch.allclose(latents_of(first), latents_of(other), atol=1e-4)
+
+
+def test_decoding_goes_on_from_saved_latents(folder, tmp_path, monkeypatch):
+    def fails(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ultrazoo.generate.run._through", fails)
+        with pytest.raises(MemoryError):
+            generate(recipe(folder, FULL), folder, wanted(tmp_path, folder), say=quiet)
+    first = wanted(tmp_path, folder)
+    assert first.saved.is_file()
+    assert not first.out.exists()
+    later = resume(folder, first.saved, wanted(tmp_path, folder), say=quiet)
+    whole = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "whole"), say=quiet)
+    assert np.array_equal(shown(later.out), shown(whole.out))
+
+
+def test_tiles_give_the_same_size(folder, tmp_path):
+    made = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, tile="on"), say=quiet)
+    assert made.tiled
+    assert shown(made.out).shape[-3:] == (64, 64, 3)
+
+
+def test_what_exists_is_kept(folder, tmp_path):
+    place = wanted(tmp_path, folder)
+    place.out.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="exists"):
+        generate(recipe(folder, FULL), folder, place, say=quiet)
+    assert place.out.read_bytes() == b"mine"
+
+
+def test_a_size_the_vae_cannot_make(folder, tmp_path):
+    with pytest.raises(UsageError, match="nearest legal"):
+        generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, width=61, height=64), say=quiet)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_pipeline_family_has_a_tiny_pipeline():
+    assert set(MAKERS) == {family.pipelines[0] for family in BY_PIPELINE.values()}

@@ -1,0 +1,124 @@
+"""`ultrazoo generate`: an image or a video from a local pipeline whose transformer runs a recipe's attention."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..cost import units
+from ..errors import UsageError, near
+from . import common, out
+
+NAME = "generate"
+DTYPES = ("bfloat16", "float16", "float32")
+TILES = ("auto", "on", "off")
+
+
+def command(
+    arguments: list[str] = typer.Argument(
+        None,
+        help="A recipe by path or name, or the folder of a built model, then key=value overrides.",
+        metavar="RECIPE [KEY=VALUE]...",
+        autocompletion=common.complete_recipe,
+    ),
+    pipeline: Path = typer.Option(..., "--pipeline", help="Folder of a diffusers pipeline. Nothing is downloaded."),
+    output: Path = typer.Option(..., "-o", "--output", help="File to write: .mp4 or .png, as the pipeline makes."),
+    prompt: str = typer.Option("", "--prompt", help="What to make."),
+    negative: str | None = typer.Option(None, "--negative-prompt", help="What to keep away from."),
+    size: str | None = typer.Option(None, "--size", help="Pixels, as 832x480; the recipe's unless given."),
+    frames: int | None = typer.Option(None, "--frames", help="Frames; the recipe's unless given.", min=1),
+    steps: int | None = typer.Option(None, "--steps", help="Denoising steps; the recipe's unless given.", min=1),
+    guidance: float | None = typer.Option(None, "--guidance", help="Guidance scale; the recipe's unless given.", min=0),
+    seed: int = typer.Option(0, "--seed", help="Of the noise, drawn on the CPU: the same on every device.", min=0),
+    fps: float | None = typer.Option(None, "--fps", help="Frames per second of the file; the model's unless given."),
+    device: str = typer.Option("cpu", "--device", help="cpu, cuda, cuda:1 …"),
+    dtype: str | None = typer.Option(None, "--dtype", help=f"{', '.join(DTYPES)}; the recipe's unless given."),
+    tile: str = typer.Option("auto", "--tile", help="Decode in tiles: auto (when memory asks for it), on, off."),
+    latents: Path | None = typer.Option(
+        None, "--latents", help="Where latents are saved; beside the output unless given."
+    ),
+    from_latents: Path | None = typer.Option(None, "--from-latents", help="Decode these saved latents; no sampling."),
+    force: bool = typer.Option(False, "--force", help="Replace files that exist."),
+    json: bool = common.JSON,
+) -> None:
+    """Make an image or a video.
+
+    Latents are saved before they are decoded, so that a failed decoding loses nothing: --from-latents goes on from there.
+    """
+    _require(dtype, DTYPES, "--dtype")
+    _require(tile, TILES, "--tile")
+    width, height = _size(size)
+    from ..generate import run
+
+    wanted = run.Wanted(
+        prompt=prompt,
+        out=output,
+        negative=negative,
+        width=width,
+        height=height,
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        fps=fps,
+        device=_device(device),
+        dtype=dtype,
+        tile=tile,
+        latents=latents,
+        force=force,
+    )
+    if from_latents is not None:
+        if arguments:
+            raise UsageError(f"--from-latents samples nothing, so it takes no recipe; got {arguments[0]!r}")
+        made = run.resume(pipeline, from_latents, wanted, say=out.note)
+    else:
+        (recipe,), overrides = common.split(arguments or [], verb="generate")
+        made = run.generate(recipe, pipeline, wanted, *overrides, say=out.note, bars=sys.stderr.isatty())
+    _show(made, json)
+
+
+def _show(made: Any, json: bool) -> None:
+    facts = {
+        "output": str(made.out),
+        "latents": str(made.latents),
+        "sampling_s": round(made.sampling_s, 2),
+        "decoding_s": round(made.decoding_s, 2),
+        "tiled": made.tiled,
+        **made.note,
+    }
+    if json:
+        out.emit(facts)
+        return
+    spent = f"sampled in {units.duration(made.sampling_s)}, decoded in {units.duration(made.decoding_s)}"
+    out.echo(f"{made.out}: {made.note['width']}x{made.note['height']}, {made.note['frames']} frames, {spent}")
+
+
+def _require(value: str | None, allowed: tuple[str, ...], flag: str) -> None:
+    if value is not None and value not in allowed:
+        hint = near(value, allowed)
+        raise UsageError(f"{flag} is one of {', '.join(allowed)}, got {value!r}" + (f"; {hint}" if hint else ""))
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise UsageError(f"--size is WIDTHxHEIGHT in pixels, as 832x480, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here")
+    return name
