@@ -125,6 +125,7 @@ TABLE: tuple[Row, ...] = (
     Row("kernel", "sdpa", "kernels.sdpa:SdpaSpec", "torch scaled_dot_product_attention"),
     Row("kernel", "math", "kernels.math:MathSpec", "plain matmul and softmax in query chunks", ("reference",)),
     Row("kernel", "gathered", "kernels.gathered:GatheredSpec", "block-sparse attention by gathered key blocks"),
+    Row("kernel", "by_key", "kernels.by_key:ByKeySpec", "block-sparse attention of single queries, by key block"),
     Row("kernel", "flex", "kernels.flex:FlexSpec", "FlexAttention, compiled for lists of blocks"),
     Row("kernel", "flex_flash", "kernels.flex:FlexFlashSpec", "FlexAttention through its FLASH back end"),
     Row("kernel", "flash_attn", "kernels.flash_attn:FlashAttnSpec", "the flash-attn package", ("fa2",)),

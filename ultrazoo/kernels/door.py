@@ -24,12 +24,12 @@ from ..errors import KernelError
 from ..spec import Spec
 
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
-    "cuda": ("flash_attn_4", "flash_attn_3", "flash_attn", "sdpa", "math", "flex", "gathered"),
+    "cuda": ("flash_attn_4", "flash_attn_3", "flash_attn", "sdpa", "math", "by_key", "flex", "gathered"),
     # on a CPU a kernel that compiles for ten seconds is not a choice to make for somebody
-    "cpu": ("sdpa", "math", "gathered"),
+    "cpu": ("sdpa", "math", "by_key", "gathered"),
 }
 """Order in which ``auto`` asks the built-in exact kernels, per kind of device; measured orders (`tuned`) come first."""
-ELSEWHERE = ("sdpa", "math", "gathered")
+ELSEWHERE = ("sdpa", "math", "by_key", "gathered")
 
 
 def measured_key(inputs: Inputs) -> str:

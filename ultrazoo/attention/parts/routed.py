@@ -54,7 +54,9 @@ class RoutedSpec(SelectorSpec):
         return Bounds(least, max(least, round(queries * self.expected * everything)), queries * everything)
 
     def flops(self, place: Place, site: Site) -> int:
-        passes = 1 if self.scope == "query" or self.keeps_all() else 4
+        everything = self.keeps_all() or (self.count is not None and self.count >= place.selectable)
+        # over a head: ends, total, two digits of an fp32 score, and the rows themselves
+        passes = 1 if self.scope == "query" or everything else 4 if self.count is not None else 5
         return passes * 2 * place.queries.count * place.selectable * site.inner
 
     def keeps_all(self) -> bool:
