@@ -32,7 +32,7 @@ class CogVideoXProcessor(Processor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,  # noqa: ARG002
+        image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         refuse_mask(attention_mask, "CogVideoXTransformer3DModel")
         host = self.host(attn)
@@ -62,7 +62,7 @@ class CogVideoXAdapter(Adapter):
             rope = Rope(axes=(head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3), base=BASE)
         return Site(dim=heads * head_dim, heads=heads, head_dim=head_dim, qk_norm=True, rope=rope)
 
-    def beside(self, config: Config, group: str, text_tokens: int) -> tuple[Segment, ...]:  # noqa: ARG002
+    def beside(self, config: Config, group: str, text_tokens: int) -> tuple[Segment, ...]:
         return (Segment("text", text_tokens),)
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:
@@ -83,7 +83,7 @@ class CogVideoXAdapter(Adapter):
             start += channels
         return Frame((t, h, w), arguments["timestep"], coordinates=(axes[0], axes[1], axes[2]))
 
-    def processor(self, group: str) -> type[nn.Module]:  # noqa: ARG002
+    def processor(self, group: str) -> type[nn.Module]:
         return CogVideoXProcessor
 
     def inputs(self, config: Config, grid: Grid, batch: int, text_tokens: int, make: Callable[..., Tensor]) -> Any:

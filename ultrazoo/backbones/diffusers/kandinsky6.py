@@ -31,9 +31,9 @@ class Kandinsky6Processor(Processor):
         self,
         attn: nn.Module,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,  # noqa: ARG002
+        encoder_hidden_states: Tensor | None = None,
         rotary_emb: Tensor | None = None,
-        rotary_emb_kv: Tensor | None = None,  # noqa: ARG002
+        rotary_emb_kv: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         refuse_mask(attn_mask, "Kandinsky6Transformer3DModel")
@@ -82,7 +82,7 @@ class Kandinsky6Adapter(Adapter):
         scaled = [axis.double() / scale for axis, scale in zip(axes, config["scale_factor"], strict=True)]
         return Frame((t, h, w), arguments["timestep"], coordinates=(scaled[0][:t], scaled[1], scaled[2]))
 
-    def processor(self, group: str) -> type[nn.Module]:  # noqa: ARG002
+    def processor(self, group: str) -> type[nn.Module]:
         return Kandinsky6Processor
 
     def inputs(self, config: Config, grid: Grid, batch: int, text_tokens: int, make: Callable[..., Tensor]) -> Any:

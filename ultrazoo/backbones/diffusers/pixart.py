@@ -21,7 +21,7 @@ class PixArtProcessor(Processor):
         self,
         attn: nn.Module,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,  # noqa: ARG002
+        encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         # the model turned the caller's mask of ones and zeros into 0 and -10000
@@ -48,7 +48,7 @@ class PixArtAdapter(Adapter):
         h, w = (size // config["patch_size"] for size in arguments["hidden_states"].shape[2:])
         return Frame((1, h, w), arguments["timestep"])
 
-    def processor(self, group: str) -> type[nn.Module]:  # noqa: ARG002
+    def processor(self, group: str) -> type[nn.Module]:
         return PixArtProcessor
 
     def inputs(self, config: Config, grid: Grid, batch: int, text_tokens: int, make: Callable[..., Tensor]) -> Any:

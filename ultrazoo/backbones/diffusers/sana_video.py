@@ -27,9 +27,9 @@ class SanaVideoProcessor(Processor):
         self,
         attn: nn.Module,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,  # noqa: ARG002
+        encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,  # noqa: ARG002
+        rotary_emb: Any = None,
     ) -> Tensor:
         refuse_mask(attention_mask, "SanaVideoTransformer3DModel")
         return self.attend(hidden_states, self.host(attn))[0]
@@ -56,7 +56,7 @@ class SanaVideoAdapter(Adapter):
         norm = config["qk_norm"] is not None
         return Site(dim=heads * head_dim, heads=heads, head_dim=head_dim, qk_norm=norm, rope=rope)
 
-    def layer_flops(self, config: Config, path: str, site: Site, flops: Callable[[str], int]) -> int:  # noqa: ARG002
+    def layer_flops(self, config: Config, path: str, site: Site, flops: Callable[[str], int]) -> int:
         return flops(self.block(path)) - flops(path)
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:
@@ -66,7 +66,7 @@ class SanaVideoAdapter(Adapter):
             timestep = timestep.reshape(x.shape[0], -1)
         return Frame((t, h, w), timestep)
 
-    def processor(self, group: str) -> type[nn.Module]:  # noqa: ARG002
+    def processor(self, group: str) -> type[nn.Module]:
         return SanaVideoProcessor
 
     def inputs(self, config: Config, grid: Grid, batch: int, text_tokens: int, make: Callable[..., Tensor]) -> Any:

@@ -29,8 +29,8 @@ class SD3Processor(Processor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *args: Any,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         refuse_mask(attention_mask, "SD3Transformer2DModel")
         host = self.host(attn)
@@ -60,7 +60,7 @@ class SD3Adapter(Adapter):
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         return Site(dim=heads * head_dim, heads=heads, head_dim=head_dim, qk_norm=config["qk_norm"] is not None)
 
-    def beside(self, config: Config, group: str, text_tokens: int) -> tuple[Segment, ...]:  # noqa: ARG002
+    def beside(self, config: Config, group: str, text_tokens: int) -> tuple[Segment, ...]:
         return () if group == "image" else (Segment("text", text_tokens),)
 
     def layer_flops(self, config: Config, path: str, site: Site, flops: Callable[[str], int]) -> int:
@@ -75,7 +75,7 @@ class SD3Adapter(Adapter):
         h, w = (size // config["patch_size"] for size in arguments["hidden_states"].shape[2:])
         return Frame((1, h, w), arguments["timestep"])
 
-    def processor(self, group: str) -> type[nn.Module]:  # noqa: ARG002
+    def processor(self, group: str) -> type[nn.Module]:
         return SD3Processor
 
     def inputs(self, config: Config, grid: Grid, batch: int, text_tokens: int, make: Callable[..., Tensor]) -> Any:
