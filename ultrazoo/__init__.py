@@ -15,11 +15,12 @@ from .spec import CONTRACT
 if TYPE_CHECKING:
     from . import errors
     from .api import check, load, plan
-    from .assemble import build, from_pretrained, save
+    from .assemble import build, from_pretrained
     from .attention.standalone import create_attention, visible
     from .catalog import describe, list_entries
     from .inplace import apply, remove
     from .registry import register
+    from .report.saving import save
 
 _PUBLIC = {
     "errors": "errors",
@@ -29,7 +30,7 @@ _PUBLIC = {
     "build": "assemble:build",
     "apply": "inplace:apply",
     "remove": "inplace:remove",
-    "save": "assemble:save",
+    "save": "report.saving:save",
     "from_pretrained": "assemble:from_pretrained",
     "create_attention": "attention.standalone:create_attention",
     "visible": "attention.standalone:visible",

@@ -37,7 +37,7 @@ from .source import Source, opened, require_heads
 if TYPE_CHECKING:
     from ..recipe import Plan
 
-    Pages = Callable[[Plan], assemble.ExtraFiles]
+    Pages = Callable[[Plan, Mapping[str, Any]], assemble.ExtraFiles]
 
 TORCH_FILES = tuple(suffix for suffix in SUFFIXES if suffix != ".bin")
 FILES = (".safetensors", *TORCH_FILES)
@@ -92,7 +92,7 @@ def convert(
     """Write the checkpoint at `source` in the layout `to`: a directory, or one file where `out` ends like one.
 
     A directory holds safetensors (sharded above `limit` bytes) and the ``config.json`` of the program that reads it; for
-    ``ultrazoo`` it is what `from_pretrained` opens, with the `extra_files` of its plan beside. A file ends in ``.safetensors``, or in
+    ``ultrazoo`` it is what `from_pretrained` opens, with the `extra_files` of its plan and origin beside. A file ends in ``.safetensors``, or in
     ``.ckpt``, ``.pt`` or ``.pth`` for a torch file of a plain state dict. `overrides` (``key=value``) correct the recipe
     made from the tensors' shapes. `lora` is a LoRA in peft's layout to add to the weights it names. With `merge` (``to`` is
     ``ultrazoo``) every ``adapt: lora`` becomes ``adapt: own``, in weights and recipe. Raises WeightsError with a table of what does not fit, OutputError.
@@ -254,7 +254,7 @@ def _to_ours(
         out,
         force,
         progress,
-        extra_files and extra_files(plan),
+        extra_files and extra_files(plan, origin),
     )
     done = _report(found, "ultrazoo", out, written, [get.entry(slot.name) for slot in slots], found.notes)
     return replace(done, plan=plan, merged_from=found.plan) if merge else done

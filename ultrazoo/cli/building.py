@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -106,8 +106,11 @@ def _write(plan: Plan, directory: Path, force: bool, json: bool) -> None:
     out.echo(f"built {plan.name} in {units.duration(seconds)}")
 
 
-def pages(plan: Plan) -> Mapping[str, Callable[[], bytes]]:
-    """The report and the model card, written beside the weights; made when they are asked for."""
+def pages(plan: Plan, origin: Mapping[str, Any] | None = None) -> Mapping[str, Callable[[], bytes]]:
+    """The report and the model card, written beside the weights; made when they are asked for.
+
+    `origin` says where the numbers come from, where not from the recipe.
+    """
     from ..report import card, html
 
-    return {"report.html": lambda: html(plan).encode(), "README.md": lambda: card(plan).encode()}
+    return {"report.html": lambda: html(plan).encode(), "README.md": lambda: card(plan, origin=origin).encode()}

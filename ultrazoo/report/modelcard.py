@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -15,13 +16,18 @@ if TYPE_CHECKING:
 _FILES = (
     "`recipe.yaml` the resolved recipe (`ultrazoo build recipe.yaml` makes this model again), `plan.json` cost per layer "
     "and in total, `config.json` what `from_pretrained` reads, `model.safetensors` (or shards with an index) every "
-    "parameter, `report.html` pictures and tables."
+    "parameter"
 )
+_REPORT = ", `report.html` pictures and tables"
 _GPUS = ("RTX 4090", "H20 96GB", "H100 80GB", "B200")
 
 
-def card(plan: Plan) -> str:
-    """The card as Markdown. It names no licence: the weights' owner adds one."""
+def card(plan: Plan, *, origin: Mapping[str, Any] | None = None, report: bool = True) -> str:
+    """The card as Markdown. It names no licence: the weights' owner adds one.
+
+    `origin` says where the numbers of a model that exists come from (config.json has the same); None: it is built from its
+    recipe now. `report` tells of a report.html beside it.
+    """
     resolved, totals = plan.resolved, plan.totals
     size = size_text(plan)
     lines = [
@@ -49,7 +55,7 @@ def card(plan: Plan) -> str:
         "|---|---|---|",
         *(f"| {numbers} | {_line(name)} | {_line(start)} |" for numbers, name, start in tables.starts(plan.layers)),
         "",
-        _weights(plan),
+        _weights(plan) if origin is None else _origin(origin),
         "",
         "## Use",
         "",
@@ -62,7 +68,7 @@ def card(plan: Plan) -> str:
         *_seconds(plan),
         "## Files",
         "",
-        _FILES,
+        f"{_FILES}{_REPORT if report else ''}.",
         "",
         f"Recipe hash `{plan.hash}`, seed {resolved.seed}, ultrazoo {__version__}.",
         "",
@@ -99,6 +105,22 @@ def _weights(plan: Plan) -> str:
         f"Weights were loaded from a checkpoint; parameters that it does not hold were drawn from seed {seed}. A design "
         "that needs tuning makes poor results until it is tuned."
     )
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    weights = origin.get("weights")
+    parts = []
+    if isinstance(weights, Mapping):
+        file = str(weights.get("path", "")).replace("\\", "/").rpartition("/")[2]
+        parts.append(f"Weights came from {_line(file)} (format {_line(str(weights.get('format')))}).")
+        if weights.get("new"):
+            parts.append("What it does not hold was new.")
+    else:
+        parts.append(f"Parameters were drawn from seed {origin.get('seed')}.")
+    if origin.get("merged"):
+        parts.append(f"LoRAs of the design with recipe hash `{_line(str(origin['merged']))}` were merged.")
+    parts.append("Whether they were trained since is not recorded here.")
+    return " ".join(parts)
 
 
 def _seconds(plan: Plan) -> list[str]:

@@ -1,0 +1,37 @@
+"""`ultrazoo.save`: a model's directory as model hubs lay it out, with a card beside configuration and weights."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from .. import assemble
+from ..errors import UsageError
+from .modelcard import card
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: assemble.Progress | None = None,
+    extra_files: assemble.ExtraFiles | None = None,
+) -> None:
+    """Write a built model as a directory that `from_pretrained` opens, every tensor bit for bit, in the type it has.
+
+    It holds ``config.json``, ``model.safetensors`` (above 4 GB: shards and ``model.safetensors.index.json``), ``README.md``,
+    the recipe and the plan; `extra_files` (name to function giving bytes) are added, and may replace the README. An
+    existing directory is refused unless `force`. Raises UsageError for a model without a plan or whose parameters are not
+    the plan's (adapters must be merged or removed first), OutputError when the place cannot be written.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    plan = getattr(inner, "plan", None)
+    if plan is None:
+        raise UsageError("this model has no plan: save takes models made by build or from_pretrained")
+    origin = getattr(inner, "origin", None) or {"seed": None, "weights": None}
+    files = {"README.md": lambda: card(plan, origin=origin, report=False).encode(), **(extra_files or {})}
+    assemble.save(model, directory, force=force, progress=progress, extra_files=files)
