@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .errors import Problem
+from .errors import Problem, UsageError
 from .grid import Grid
 
 if TYPE_CHECKING:
@@ -79,13 +79,23 @@ class Rope:
 @dataclass(frozen=True)
 class Segment:
     """A run of extra tokens. `rows`: do its queries see everything, or what the pattern gives them? `keys`: are its keys
-    seen by all, or selectable like blocks of the grid?"""
+    seen by all, or selectable like blocks of the grid? Raises UsageError for another policy or a length below 0."""
 
     kind: str
     length: int
     grid: Grid | None = None
     rows: Literal["dense", "pattern"] = "dense"
     keys: Literal["always", "compete"] = "always"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("rows", ("dense", "pattern")), ("keys", ("always", "compete"))):
+            got = getattr(self, name)
+            if got not in allowed:
+                raise UsageError(f"segment {self.kind!r}: {name} is {' or '.join(allowed)}, got {got!r}")
+        # a length may be symbolic while a model is exported
+        plain = isinstance(self.length, int | float | str | None)
+        if plain and (isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 0):
+            raise UsageError(f"segment {self.kind!r}: length is a number of tokens, 0 or more, got {self.length!r}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_a_size_that_does_not_work_is_an_error_when_called() -> None:
     assert module(torch.randn(1, 16, 8), (1, 4, 4)).shape == (1, 16, 8)
     with pytest.raises(SiteError, match="4 windows do not fit 3 rows"):
         module(torch.randn(1, 12, 8), (1, 3, 4))
-    with pytest.raises(ValueError, match="N = 16"):
+    with pytest.raises(UsageError, match="N = 16"):
         module(torch.randn(1, 15, 8), (1, 4, 4))
 
 
@@ -109,3 +111,85 @@ def test_a_problem_is_told_once() -> None:
     with pytest.raises(SiteError) as caught:
         ultrazoo.visible("t3", (3, 4, 5), table="wan_5b_4k")
     assert [problem.path for problem in caught.value.problems] == ["table"]
+
+
+def test_options_are_checked_at_the_grid_that_is_given() -> None:
+    """Neither refused for another grid's sake nor let through to the first call."""
+    even = {"dim": 16, "heads": 2, "tile": (2, 2, 2), "window": (2, 2, 2)}
+    module = create_attention("sliding_tile", **even, grid=(3, 4, 4))
+    assert module.site.grid == Grid(3, 4, 4)
+    full = FullSpec().build(module.site)
+    x = torch.randn(1, 48, 16)
+    assert error_ratio(module(x, (3, 4, 4)), full(x, module.host, Call(grid=(3, 4, 4)))) < 1e-6
+    with pytest.raises(SiteError, match=r"at grid \(9, 12, 12\)") as caught:
+        create_attention("sliding_tile", **even, grid=(9, 12, 12))
+    assert "an even window of 2 tiles" in str(caught.value)
+    with pytest.raises(SiteError, match=r"at grid \(3, 5, 7\)"):
+        create_attention("radial", dim=16, heads=2, grid=(3, 5, 7))
+    with pytest.raises(SiteError, match="100 of 1 key blocks"):
+        create_attention(
+            "block_sparse",
+            dim=16,
+            heads=2,
+            selector={"name": "pooled", "rule": {"name": "topk", "count": 100}},
+            grid=(5, 7),
+        )
+
+
+def test_without_a_grid_only_what_no_grid_allows_is_refused() -> None:
+    module = create_attention("sliding_tile", dim=16, heads=2, tile=(2, 2, 2), window=(2, 2, 2))
+    assert module(torch.randn(1, 48, 16), (3, 4, 4)).isfinite().all()
+    with pytest.raises(SiteError, match="an even window of 2 tiles"):
+        module(torch.randn(1, 9 * 144, 16), (9, 12, 12))
+    with pytest.raises(SiteError, match=r"attention 't3': 1 problem"):
+        create_attention("t3", dim=16, heads=2, table="wan_5b_4k", counts=2)
+
+
+@pytest.mark.parametrize("grid", [(3, 4), [3, 4], (1, 3, 4)], ids=str)
+def test_a_grid_of_two_numbers_is_an_image(grid: tuple[int, ...]) -> None:
+    module = create_attention("full", dim=16, heads=2)
+    assert torch.equal(module(torch.ones(1, 12, 16), grid), module(torch.ones(1, 12, 16), (1, 3, 4)))
+
+
+@pytest.mark.parametrize("grid", [(3,), (1, 2, 3, 4), (0, 3, 4), (-1, 3, 4), (1.5, 3, 4), 7, None, "ab"], ids=str)
+def test_what_is_no_grid_is_told(grid: Any) -> None:
+    module = create_attention("full", dim=16, heads=2)
+    for call in (lambda: module(torch.ones(1, 12, 16), grid), lambda: visible("full", grid)):
+        with pytest.raises(UsageError, match=r"a grid is \(H, W\) or \(T, H, W\) of positive integers"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dim": 0}, "dim .*at least 1"),
+        ({"dim": 16.0}, "dim .*whole number"),
+        ({"heads": 0}, "heads .*at least 1"),
+        ({"head_dim": -8}, "head_dim .*at least 1"),
+        ({"layer": 3}, "layer 3 does not exist; layers are 0-0"),
+        ({"layers": 0}, "layers .*at least 1"),
+        ({"rope": Rope(axes=(4, 2, 4))}, r"axes \(4, 2, 4\) of a head of 8 channels; .*at most 8"),
+        ({"rope": Rope(axes=(3, 2, 2))}, "three even numbers"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(SiteError, match=words):
+        create_attention("full", **{"dim": 16, "heads": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"queries": [12]}, "token indices 0-11 of grid .*got 12"),
+        ({"queries": [0, -1]}, "got -1"),
+        ({"queries": [1.5]}, "got 1.5"),
+        ({"queries": [True]}, "got True"),
+        ({"heads": 0}, "heads .*at least 1"),
+        ({"layer": 2, "layers": 2}, "layer 2 does not exist"),
+        ({"layer": -1}, "layer -1 does not exist"),
+    ],
+)
+def test_visible_refuses_what_is_no_question(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        visible("full", (1, 3, 4), **options)
+    assert visible("full", (3, 4), queries=[11, 0]).shape == (1, 2, 12)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ultrazoo import registry
-from ultrazoo.errors import KernelError
+from ultrazoo.errors import KernelError, UsageError
 from ultrazoo.kernels import attend, record, table
 from ultrazoo.kernels.block_map import BlockMap
 from ultrazoo.kernels.door import PREFERENCE
@@ -150,3 +150,26 @@ def test_math_is_exact_in_low_precision() -> None:
     q, k, v = inputs(dtype=torch.bfloat16)
     found = attend(q, k, v, kernel=MathSpec.name)
     assert error_ratio(found, softmax_loop(*(z.double() for z in (q, k, v)))) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"key_mask": torch.ones(2, 1, 1, 13)}, "key_mask is bool.*float32.*are a bias"),
+        ({"key_mask": torch.ones(2, 1, 1, 13, dtype=torch.uint8)}, "key_mask is bool"),
+        ({"key_mask": torch.ones(2, 13, dtype=torch.bool)}, r"key_mask broadcasts to \(2, 3, 1, 13\), it is \(2, 13\)"),
+        ({"key_mask": torch.ones(2, 1, 9, 13, dtype=torch.bool)}, r"broadcasts to \(2, 3, 1, 13\)"),
+        ({"log_weight": torch.ones(2, 1, 1, 9)}, r"log_weight broadcasts to \(2, 3, 1, 13\)"),
+        ({"bias": torch.ones(9, 12)}, r"bias broadcasts to \(2, 3, 9, 13\), it is \(9, 12\)"),
+        ({"k": torch.ones(2, 1, 13, 8)}, "same batch and heads"),
+        ({"v": torch.ones(2, 3, 12, 8)}, "k and v as many tokens"),
+        ({"k": torch.ones(2, 3, 13, 6)}, "same head size"),
+        ({"q": torch.ones(3, 9, 8)}, r"q is \(B, heads, Lq, D\)"),
+        ({"q": torch.ones(2, 3, 0, 8)}, "may be 0"),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["auto", *EXACT])
+def test_inputs_that_do_not_fit_are_told_before_any_kernel(kernel: str, change: dict[str, Tensor], words: str) -> None:
+    q, k, v = inputs(dtype=torch.float32)
+    with pytest.raises(UsageError, match=words):
+        attend(**{"q": q, "k": k, "v": v, "kernel": kernel, **change})

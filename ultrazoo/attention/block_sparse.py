@@ -23,6 +23,7 @@ from ..kernels import attend
 from ..kernels.block_map import BlockMap
 from ..ops.graphs import outside_graphs
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
+from .checks import same_dtype
 from .contract import Attention, Call, Host, grid_positions
 from .full import kernel_problems
 from .grouped import attend_extra
@@ -290,6 +291,7 @@ class BlockSparseAttention(Attention):
         query_valid = valid
         extra = call.extra
         if extra is not None:
+            same_dtype(extra, k)
             keys = torch.tensor(place.key_rows, device=x.device, dtype=torch.long)
             rows = torch.tensor(place.query_rows, device=x.device, dtype=torch.long)
             q = torch.cat([q, extra.q.transpose(1, 2).index_select(2, rows)], dim=2)

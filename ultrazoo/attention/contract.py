@@ -8,6 +8,7 @@ q, k, v are (B, n, heads, D).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..spec import AttentionSpec, Segment, Site
+from .checks import check_call, check_extra, check_inputs, followed
 
 __all__ = ["Attention", "Call", "Extra", "Host", "Positions", "export_form", "grid_positions", "refuse_segments"]
 
@@ -67,7 +69,8 @@ class Host(Protocol):
 class Extra:
     """Tokens without a place on the grid, already normed, rotated and split: q, k, v (B, M, heads, D).
 
-    `key_mask` (B, M), True where the token is real. `segments` describe the M tokens in order.
+    `key_mask` (B, M) bool, True where the token is real. `segments` describe the M tokens in order. Raises UsageError for
+    tensors, a mask or segments that do not fit each other.
     """
 
     q: Tensor
@@ -76,14 +79,19 @@ class Extra:
     key_mask: Tensor | None = None
     segments: tuple[Segment, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not followed():
+            check_extra(self)
+
 
 @dataclass
 class Call:
     """Everything about one call that is not the hidden states.
 
-    `timestep` is on the 0..1000 scale, (B,), (B, T) or (B, N). `key_valid` (B, N) is True where a grid token is real.
+    `timestep` is on the 0..1000 scale, (B,), (B, T) or (B, N). `key_valid` (B, N) bool is True where a grid token is real.
     `step` is (index, count) of the sampler, `branch` the guidance branch (plain Python). `state` is a dict made by the
-    model for whatever a mechanism keeps between calls, None when nothing may be kept.
+    model for whatever a mechanism keeps between calls, None when nothing may be kept. Raises UsageError for a grid that is
+    not three positive integers, and for a mask or timestep of the wrong kind.
     """
 
     grid: tuple[int, int, int]
@@ -94,6 +102,10 @@ class Call:
     branch: str | None = None
     state: dict[Any, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if not followed():
+            check_call(self)
+
 
 class Attention(nn.Module):
     """Base class of attention blocks: hidden states (B, N, C) → (B, N, C) over a grid, through the host.
@@ -101,10 +113,16 @@ class Attention(nn.Module):
     With `call.extra` the result is ``(y, y_extra)``, where y_extra (B, M, heads*D) has not been through an output
     projection: the tokens' owner has its own.
 
-    `form` is ``"eager"`` or an export target; `export_form` sets it.
+    `form` is ``"eager"`` or an export target; `export_form` sets it. Shapes are checked in front of every subclass's
+    forward, which may rely on them; what does not fit raises UsageError.
     """
 
     form: str = "eager"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in cls.__dict__:
+            cls.forward = _checked(cls.forward)  # type: ignore[method-assign]
 
     def __init__(self, spec: AttentionSpec, site: Site):
         super().__init__()
@@ -125,6 +143,18 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, layer={self.site.layer}"
+
+
+def _checked(forward: Any) -> Any:
+    """`forward`, after a look at what it is given."""
+
+    @functools.wraps(forward)
+    def checked(self: Attention, x: Tensor, host: Host, call: Call) -> Any:
+        if not followed():
+            check_inputs(self.spec.name, self.site, x, call)
+        return forward(self, x, host, call)
+
+    return checked
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from ..kernels import attend
 from ..ops import partition
 from ..ops.partition import AxisRule, Cuts, Rectangle
 from ..ops.runs import AxisCut
+from .checks import same_dtype
 from .contract import Extra
 
 Bias = Callable[[tuple[int, int, int]], Tensor]
@@ -172,6 +173,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """One batch of equal windows: q, k, v (B*groups, heads, tokens, D), mask (B*groups, keys), bias as in `Bias`."""
     if extra is not None:
+        same_dtype(extra, k)
         groups = k.shape[0] // extra.k.shape[0]
         more_k, more_v = (z.transpose(1, 2).repeat_interleave(groups, dim=0) for z in (extra.k, extra.v))
         if mask is not None or extra.key_mask is not None:

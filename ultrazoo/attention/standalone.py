@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import Problem, SiteError
+from ..errors import Problem, SiteError, UsageError
 from ..grid import Grid, as_grid
 from ..ops import rope as rotary
 from ..ops.init import Constant, Copy, initial_tensor, value_of
@@ -17,6 +17,7 @@ from ..ops.norm import rms_norm
 from ..ops.seeds import generator_for
 from ..options import parse_part
 from ..spec import AttentionSpec, Rope, Site
+from .checks import followed, same_dtype, shown
 from .contract import Call, Extra, Positions
 
 
@@ -37,9 +38,21 @@ class PlainHost(nn.Module):
         return {"norm_q": Constant(1.0), "norm_k": Constant(1.0)}
 
     def project(self, x: Tensor, which: str) -> Any:
+        if not followed():
+            self._check(x)
         if which == "qkv":
             return self.q(x), self.k(x), self.v(x)
         return getattr(self, which)(x)
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.site.dim:
+            raise UsageError(f"x is (B, N, C) with C = {self.site.dim}, got {tuple(x.shape)}")
+        own = self.q.weight.dtype
+        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise UsageError(
+                f"x is {shown(x)}, the module's parameters are {str(own).removeprefix('torch.')}: convert one of them with "
+                f".to(dtype), or run under autocast"
+            )
 
     def heads(
         self,
@@ -74,41 +87,48 @@ class PlainHost(nn.Module):
 class Standalone(nn.Module):
     """``module(x, grid, timestep=None, extra=None)``: (B, N, C) over grid (T, H, W) → (B, N, C).
 
-    With `extra`, ``(y, y_extra)`` as in `attention.contract.Attention`. Raises SiteError at a size that does not work.
+    A grid of two numbers is an image's. With `extra`, ``(y, y_extra)`` as in `attention.contract.Attention`. Raises SiteError
+    at a size that does not work, UsageError for tensors that do not fit.
     """
 
     def __init__(self, spec: AttentionSpec, site: Site, host: nn.Module | None = None):
         super().__init__()
         self.spec, self.site = spec, site
         self.host = PlainHost(site) if host is None else host
-        self.attention = spec.expand(site).build(site)
-        self._checked: tuple[int, int, int] | None = tuple(site.grid)  # type: ignore[assignment]
+        self._expanded = spec.expand(site)
+        self.attention = self._expanded.build(site)
+        self._checked = site.grid
 
     def forward(
         self,
         x: Tensor,
-        grid: tuple[int, int, int],
+        grid: Sequence[int],
         timestep: Tensor | None = None,
         extra: Extra | None = None,
         key_valid: Tensor | None = None,
     ) -> Any:
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            self._check(x, grid)
+        if not followed():
+            grid = self._checked_grid(grid)
+            if extra is not None and isinstance(self.host, PlainHost):
+                same_dtype(extra, self.host.k.weight)
         call = Call(grid=(grid[0], grid[1], grid[2]), timestep=timestep, extra=extra, key_valid=key_valid)
         return self.attention(x, self.host, call)
 
-    def _check(self, x: Tensor, grid: Sequence[int]) -> None:
-        sizes = as_grid(tuple(grid))
-        if x.dim() != 3 or x.shape[1] != sizes.tokens or x.shape[2] != self.site.dim:
-            raise ValueError(
-                f"x is (B, N, C) with N = {sizes.tokens} for grid {sizes} and C = {self.site.dim}, got {tuple(x.shape)}"
-            )
+    def _checked_grid(self, grid: Sequence[int]) -> Grid:
+        """(T, H, W) of a grid at which the design works, from two numbers or three."""
+        sizes = _grid(grid)
         if self._checked != sizes:
-            expanded = self.spec.expand(self.site.at(grid=sizes))
-            found = expanded.problems(self.site.at(grid=sizes))
+            site = self.site.at(grid=sizes)
+            expanded = self.spec.expand(site)
+            found = expanded.problems(site)
+            if not found and expanded != self._expanded:
+                found = [
+                    Problem("", "the design has other parts at this grid", "create the module with grid=(T, H, W)")
+                ]
             if found:
                 raise SiteError(f"attention {self.spec.name!r} at grid {sizes}", found)
-            self._checked = (sizes.t, sizes.h, sizes.w)
+            self._checked = sizes
+        return sizes
 
 
 def create_attention(
@@ -122,32 +142,83 @@ def create_attention(
     rope: Rope | None = None,
     qk_norm: bool = False,
     seed: int = 0,
+    grid: Sequence[int] | None = None,
     **options: Any,
 ) -> Standalone:
     """A registered attention with its own plain host: ``module(x, grid, timestep=None)``.
 
-    `options` are those of a recipe's node. head_dim: None means ``dim // heads``. Raises SiteError with every problem.
+    `options` are those of a recipe's node. head_dim: None means ``dim // heads``. `grid` (T, H, W) or (H, W): options are
+    checked there at once; None: they are checked at the grid of each call, and here only for what no grid allows. Raises
+    SiteError with every problem.
     """
-    if head_dim is None:
-        if dim % heads:
-            raise SiteError(f"attention {name!r}", _divide(dim, heads))
-        head_dim = dim // heads
+    site = _site(name, dim=dim, heads=heads, head_dim=head_dim, layer=layer, layers=layers, rope=rope)
+    site = site.at(qk_norm=bool(qk_norm))
     spec, found = parse_part("attention", {"name": name, **options})
     if found or spec is None:
         raise SiteError(f"attention {name!r}", found)
-    # sizes come with each call: checked there
-    site = Site(dim=dim, heads=heads, head_dim=head_dim, layer=layer, layers=layers, rope=rope, qk_norm=bool(qk_norm))
-    large = site.at(grid=Grid(64, 512, 512))
-    problems = spec.problems(large) or spec.expand(large).problems(large)
-    if problems:
-        raise SiteError(f"attention {name!r}", problems)
-    module = Standalone(spec, large)
+    if grid is not None:
+        site = site.at(grid=_grid(grid))
+        if problems := _problems(spec, site):
+            raise SiteError(f"attention {name!r} at grid {site.grid}", problems)
+    else:
+        site = _somewhere(spec, site)
+    module = Standalone(spec, site)
     reset_parameters(module, seed)
     return module
 
 
-def _divide(dim: int, heads: int) -> list[Problem]:
-    return [Problem("heads", f"{heads} heads do not divide dim {dim}", "give head_dim, or another number of heads")]
+PROBES = (Grid(64, 512, 512), Grid(21, 68, 120), Grid(1, 512, 512), *(Grid(n, n, n) for n in (32, 16, 8, 4, 2, 1)))
+"""Grids from large to small, videos and images: what none of them allows, an option forbids by itself."""
+
+
+def _somewhere(spec: AttentionSpec, site: Site) -> Site:
+    """`site` at a grid where `spec` works; raises SiteError with what is wrong at every grid."""
+    everywhere: list[Problem] = []
+    for at, grid in enumerate(PROBES):
+        found = _problems(spec, site.at(grid=grid))
+        if not found:
+            return site.at(grid=grid)
+        everywhere = found if at == 0 else [problem for problem in everywhere if problem in found]
+    if not everywhere:
+        fix = "give grid=(T, H, W), and what is wrong there is told"
+        everywhere = [Problem("", f"works at none of the grids {', '.join(map(str, PROBES))}", fix)]
+    raise SiteError(f"attention {spec.name!r}", everywhere)
+
+
+def _problems(spec: AttentionSpec, site: Site) -> list[Problem]:
+    return spec.problems(site) or spec.expand(site).problems(site)
+
+
+def _grid(grid: Sequence[int]) -> Grid:
+    try:
+        return as_grid(tuple(grid))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a grid is (H, W) or (T, H, W) of positive integers, got {grid!r}") from error
+
+
+def _site(
+    name: str, *, dim: int, heads: int, head_dim: int | None, layer: int, layers: int, rope: Rope | None = None
+) -> Site:
+    """The place of an attention on its own; raises SiteError with everything that makes none."""
+    found = []
+    counts = {"dim": dim, "heads": heads, "layers": layers} | ({} if head_dim is None else {"head_dim": head_dim})
+    for path, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            found.append(Problem(path, f"got {value!r}", "a whole number, at least 1"))
+    if not found and (not isinstance(layer, int) or not 0 <= layer < layers):
+        found.append(
+            Problem("layer", f"layer {layer} does not exist", f"layers are 0-{layers - 1}; say how many with layers")
+        )
+    if not found and head_dim is None and dim % heads:
+        rule = f"{heads} heads do not divide dim {dim}"
+        found.append(Problem("heads", rule, "give head_dim, or another number of heads"))
+    size = dim // heads if head_dim is None and not found else head_dim or 0
+    if not found and rope is not None and (any(n % 2 or n < 0 for n in rope.axes) or sum(rope.axes) > size):
+        rule = f"axes {rope.axes} of a head of {size} channels"
+        found.append(Problem("rope", rule, f"three even numbers that add up to at most {size}"))
+    if found:
+        raise SiteError(f"attention {name!r}", found)
+    return Site(dim=dim, heads=heads, head_dim=size, layer=layer, layers=layers, rope=rope)
 
 
 def reset_parameters(module: nn.Module, seed: int = 0) -> None:
@@ -178,16 +249,25 @@ def visible(
     queries: Sequence[int] | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """Which tokens each query's output may depend on in attention `name`: bool (1 or heads, queries, N)."""
+    """Which tokens each query's output may depend on in attention `name`: bool (1 or heads, queries, N).
+
+    `queries` are token indices, None means all. Raises SiteError for options that do not work at the grid, UsageError for
+    queries that are no tokens of it.
+    """
+    # influence does not depend on widths: take some that no option (a LoRA's rank) exceeds
+    width = 1 << 14
+    dim = heads * width if isinstance(heads, int) else width
+    site = _site(name, dim=max(dim, 1), heads=heads, head_dim=width, layer=layer, layers=layers)
+    site = site.at(grid=_grid(grid), rope=Rope(axes=(4, 2, 2)))
     spec, found = parse_part("attention", {"name": name, **options})
     if found or spec is None:
         raise SiteError(f"attention {name!r}", found)
-    # influence does not depend on widths: take some that no option (a LoRA's rank) exceeds
-    width = 1 << 14
-    site = Site(dim=heads * width, heads=heads, head_dim=width, layer=layer, layers=layers, grid=as_grid(tuple(grid)))
-    site = site.at(rope=Rope(axes=(4, 2, 2)))
-    expanded = spec.expand(site)
-    found = spec.problems(site) or expanded.problems(site)
-    if found:
+    if found := _problems(spec, site):
         raise SiteError(f"attention {name!r} at grid {site.grid}", found)
-    return expanded.visible(site, queries)  # type: ignore[no-any-return]
+    if queries is not None:
+        wrong = [
+            q for q in queries if not isinstance(q, int | np.integer) or isinstance(q, bool) or not 0 <= q < site.tokens
+        ]
+        if wrong:
+            raise UsageError(f"queries are token indices 0-{site.tokens - 1} of grid {site.grid}, got {wrong[0]!r}")
+    return spec.expand(site).visible(site, queries)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import registry, tuned
-from ..errors import KernelError
+from ..errors import KernelError, UsageError
 from ..spec import Spec
 
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
@@ -54,7 +54,10 @@ def preference(inputs: Inputs) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call, as kernels see it: q (B, heads, Lq, D), k and v (B, heads, Lk, D or Dv)."""
+    """One call, as kernels see it: q (B, heads, Lq, D), k and v (B, heads, Lk, D or Dv).
+
+    Raises UsageError for tensors that do not fit each other, and for a key_mask that is not bool.
+    """
 
     q: Tensor
     k: Tensor
@@ -66,6 +69,11 @@ class Inputs:
     scale: float | None = None
     return_lse: bool = False
     threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if not _tracing():
+            for rule in _misfits(self):
+                raise UsageError(f"attention kernels: {rule} ({self})")
 
     @property
     def needs_grad(self) -> bool:
@@ -87,6 +95,36 @@ class Inputs:
         if self.return_lse:
             parts.append("returning lse")
         return ", ".join(parts)
+
+
+def _misfits(inputs: Inputs) -> Iterator[str]:
+    """What is wrong with the shapes, masks and devices of a call, whichever kernel runs it; dtypes are a kernel's affair."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if not q.dim() == k.dim() == v.dim() == 4:
+        yield "q is (B, heads, Lq, D), k (B, heads, Lk, D), v (B, heads, Lk, Dv)"
+        return
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
+        yield "q, k and v have the same batch and heads, k and v as many tokens; repeat keys of grouped heads first"
+    if q.shape[-1] != k.shape[-1]:
+        yield "q and k have the same head size"
+    if 0 in (*q.shape, *k.shape):
+        yield "none of batch, heads, tokens and head size may be 0"
+    whole = (*q.shape[:3], k.shape[2])
+    for name in ("key_mask", "bias", "log_weight"):
+        z = getattr(inputs, name)
+        if z is None:
+            continue
+        # a mask and a weight are of keys, the same for every query
+        allowed = whole if name == "bias" else (*whole[:2], 1, whole[3])
+        sizes = (1,) * (4 - z.dim()) + tuple(z.shape)
+        if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, allowed, strict=True)):
+            yield f"{name} broadcasts to {allowed}, it is {tuple(z.shape)}"
+        if name == "key_mask" and z.dtype != torch.bool:
+            yield f"key_mask is bool, True where a key takes part, it is {z.dtype}; numbers that are added are a bias"
+        if z.device != q.device:
+            yield f"{name} is on {z.device}, q on {q.device}"
+    if not q.device == k.device == v.device:
+        yield f"q, k and v are on one device, they are on {q.device}, {k.device}, {v.device}"
 
 
 @dataclass(frozen=True, kw_only=True)
