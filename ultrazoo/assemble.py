@@ -12,17 +12,19 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from . import __version__, recipe
+from .backbones.adapted import AdaptedSpec
 from .errors import OutputError, UltrazooError, UsageError, WeightsError, listed
 from .weights import config
 from .weights.disk import write_bytes
 from .weights.match import Match, match
 from .weights.meaning import require_same_meaning
+from .weights.own import new_slots
 from .weights.reader import Checkpoint, open_checkpoint
 from .weights.slots import Slot, Unfilled, Values, attention_paths, slots_of, stream
 from .weights.staging import refuse_existing, staged
@@ -114,28 +116,43 @@ def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
+    parts: Literal["all", "new"] = "all",
     force: bool = False,
     progress: Progress | None = None,
     extra_files: ExtraFiles | None = None,
 ) -> None:
     """Write a built model as a directory that `from_pretrained` opens, every tensor bit for bit, in the type it has.
 
-    An existing directory is refused unless `force`. Raises UsageError for a model without a plan or whose parameters
-    are not the plan's (adapters must be merged or removed first), OutputError when the place cannot be written.
+    With ``parts="new"`` only what `apply` added to a loaded model, for the `weights` of a recipe. An existing directory
+    is refused unless `force`. Raises UsageError for a model without a plan or whose parameters are not the plan's
+    (adapters must be merged or removed first), OutputError when the place cannot be written.
     """
+    if parts not in ("all", "new"):
+        raise UsageError(f"parts is all or new, got {parts!r}")
     # torch.compile wraps the model and prefixes its names
     model = getattr(model, "_orig_mod", model)
     plan = getattr(model, "plan", None)
     if plan is None:
-        raise UsageError("this model has no plan: save takes models made by build or from_pretrained")
-    slots = slots_of(model)
+        raise UsageError(
+            "this model has no plan: save takes models made by build or from_pretrained, or changed by apply"
+        )
+    slots = _parts(plan, model, parts)
     if any(slot.get().is_meta for slot in slots):
         raise UsageError("this model is on the meta device: it has no numbers to save")
-    _same_parameters(plan, slots)
+    _same_parameters(plan, slots, parts)
     origin = getattr(model, "origin", None) or {"seed": None, "weights": None}
     refuse_existing(Path(os.path.realpath(directory)), force)
     write_directory(
-        plan, slots, Slot.entry, lambda slot: slot.get().detach().cpu(), origin, directory, force, progress, extra_files
+        plan,
+        slots,
+        Slot.entry,
+        lambda slot: slot.get().detach().cpu(),
+        origin,
+        directory,
+        force,
+        progress,
+        extra_files,
+        parts,
     )
 
 
@@ -153,6 +170,11 @@ def from_pretrained(
     place = Path(directory)
     content = config.read(place)
     config.require_plugins(place, content["plugins"])
+    if config.holds_new(content):
+        raise UsageError(
+            f"{place} holds the new parameters of a design alone: load the model that they were trained in, and apply "
+            f"{place / 'recipe.yaml'} to it with weights.path={place}"
+        )
     plan = _plan(content["recipe"], (), None)
     if plan.hash != content["hash"]:
         raise WeightsError(
@@ -220,6 +242,7 @@ def _match(plan: Plan, model: nn.Module, checkpoint: Checkpoint, layout: str, wh
         extras=() if whole else attention_paths(model),
         layout=layout,
         whole=whole,
+        own_names=isinstance(backbone, AdaptedSpec),
     )
 
 
@@ -236,8 +259,22 @@ def _origin(plan: Plan, found: Match | None) -> dict[str, Any]:
     return {"seed": plan.resolved.seed, "weights": None if found is None else found.data()}
 
 
-def _same_parameters(plan: Plan, slots: list[Slot]) -> None:
-    due = {slot.name: slot.shape for slot in slots_of(skeleton(plan))}
+def _parts(plan: Plan, model: nn.Module, parts: str) -> list[Slot]:
+    if parts == "all":
+        return slots_of(model)
+    if not isinstance(plan.resolved.backbone, AdaptedSpec):
+        raise UsageError(
+            f"parts='new' is for models of other libraries that apply changed; {plan.name} is a "
+            f"{plan.resolved.backbone.name!r} and saved whole"
+        )
+    slots = new_slots(model)
+    if not slots:
+        raise UsageError(f"the design of {plan.name} has no parameters of its own; there is nothing to save")
+    return slots
+
+
+def _same_parameters(plan: Plan, slots: list[Slot], parts: str) -> None:
+    due = {slot.name: slot.shape for slot in _parts(plan, skeleton(plan), parts)}
     got = {slot.name: slot.shape for slot in slots}
     differ = sorted(name for name in {*due, *got} if due.get(name) != got.get(name))
     if differ:
@@ -257,6 +294,7 @@ def write_directory(
     force: bool,
     progress: Progress | None,
     extra_files: ExtraFiles | None,
+    parts: str = "all",
 ) -> list[Written]:
     """Write the slots of a plan's model, as `entry` and `tensor` give them, into the directory `out`, staged."""
     extra = dict(extra_files or {})
@@ -279,7 +317,7 @@ def write_directory(
             progress=progress,
         )
         dtypes = {str(one.dtype).removeprefix("torch.") for one in entries}
-        write_bytes(new / config.FILE, config.make(plan, written, sorted(dtypes), origin))
+        write_bytes(new / config.FILE, config.make(plan, written, sorted(dtypes), origin, parts))
     return written
 
 

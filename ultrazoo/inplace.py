@@ -21,9 +21,11 @@ from .backbones.adapted import AdaptedSpec
 from .backbones.diffusers import ADAPTERS, class_name_of
 from .backbones.diffusers.install import uninstall
 from .backbones.session import Session
-from .errors import UsageError, listed
+from .errors import UsageError, WeightsError, listed
 from .ops import init
 from .recipe.tree import Mark, copy, from_plain
+from .weights.match import Match
+from .weights.own import load_new
 from .weights.slots import seeded
 
 if TYPE_CHECKING:
@@ -37,7 +39,10 @@ COMPONENTS = ("transformer", "transformer_2")
 
 @dataclass(frozen=True)
 class AppliedModel:
-    """What happened to one model: `replaced` and `kept` layers by module path, and the parameters that came along."""
+    """What happened to one model: `replaced` and `kept` layers by module path, and the parameters that came along.
+
+    `loaded` is the file they came from; None: they are as the design starts.
+    """
 
     name: str
     model: str
@@ -45,6 +50,7 @@ class AppliedModel:
     replaced: dict[str, str]
     kept: tuple[str, ...]
     parameters: int
+    loaded: Match | None = None
 
     def data(self) -> dict[str, Any]:
         return {
@@ -54,6 +60,7 @@ class AppliedModel:
             "replaced": self.replaced,
             "kept": list(self.kept),
             "new_parameters": self.parameters,
+            "weights": None if self.loaded is None else self.loaded.data(),
         }
 
 
@@ -70,11 +77,23 @@ class Report:
     def plan(self) -> Plan:
         return self.models[0].plan
 
+    @property
+    def untuned(self) -> tuple[str, ...]:
+        """Designs that need tuning and run without tuned weights, each with who says so."""
+        found = {}
+        for one in self.models:
+            for spec in one.plan.resolved.written if one.loaded is None else ():
+                start = spec.traits().start
+                if start.kind == "needs tuning":
+                    found[spec.name] = f"{spec.name} needs tuning ({start.source}) and no tuned weights are loaded"
+        return tuple(found[name] for name in sorted(found))
+
     def data(self) -> dict[str, Any]:
         return {
             "models": [one.data() for one in self.models],
             "starts": list(self.starts),
             "streams": self.streams,
+            "untuned": list(self.untuned),
             "notes": list(self.notes),
         }
 
@@ -86,6 +105,9 @@ class Report:
                 f"{one.name or one.model}: {len(one.replaced)} of {len(one.replaced) + len(one.kept)} self-attentions run "
                 f"{listed(designs) or 'nothing new'}; {one.parameters} new parameters"
             )
+            if one.loaded is not None:
+                lines.append(f"{len(one.loaded.reused)} tensors of them loaded from {one.loaded.path}")
+        lines += [f"warning: {one}" for one in self.untuned]
         lines += [f"starts: {start}" for start in self.starts]
         lines.append(f"rows beside the grid: {self.streams}")
         return "\n".join([*lines, *self.notes])
@@ -96,8 +118,9 @@ def apply(target: Any, source: Source, *overrides: str) -> Report:
 
     `target` is a model of an adapted class, or a pipeline with one as ``transformer`` (and ``transformer_2``). The
     recipe may leave its backbone out; one that it names must be the model's. New parameters start as the recipe's seed
-    says, in the model's dtype and on its device. A model is changed wholly or not at all. Raises UsageError for a model
-    nobody knows, RecipeError with all problems.
+    says, or are those of the file that its `weights` names, in the model's dtype and on its device; for a pipeline with two
+    models that is a folder with one of each name. A model is changed wholly or not at all. Raises UsageError for a model
+    nobody knows, RecipeError with all problems, WeightsError with a table for weights that are not the design's.
     """
     models = _models(target)
     known = {name: _node_of(model) for name, model in models.items()}
@@ -105,7 +128,7 @@ def apply(target: Any, source: Source, *overrides: str) -> Report:
     done: list[AppliedModel] = []
     try:
         for name, model in models.items():
-            done.append(_install(name, model, plans[name]))
+            done.append(_install(name, model, plans[name], _weights_of(plans[name], name, list(models))))
     except BaseException:
         for one in done:
             remove(models[one.name])
@@ -196,7 +219,20 @@ def _label(written: Any) -> str:
     return "/".join(str(written[key]) for key in ("name", "model", "preset") if written.get(key))
 
 
-def _install(name: str, model: nn.Module, plan: Plan) -> AppliedModel:
+def _weights_of(plan: Plan, name: str, names: list[str]) -> Path | None:
+    """Where the new parameters of the component `name` are."""
+    source = plan.resolved.weights
+    if source is None:
+        return None
+    place = Path(source.path)
+    if len(names) == 1:
+        return place
+    if not (place / name).is_dir():
+        raise WeightsError(f"{place}: this pipeline has {listed(names)}; weights are a folder with one of each name")
+    return place / name
+
+
+def _install(name: str, model: nn.Module, plan: Plan, weights: Path | None) -> AppliedModel:
     resolved = plan.resolved
     spec = resolved.backbone
     assert isinstance(spec, AdaptedSpec)
@@ -205,10 +241,16 @@ def _install(name: str, model: nn.Module, plan: Plan) -> AppliedModel:
     spec.install(model, session)
     try:
         count = start_parameters(model, resolved.seed)
+        loaded = None
+        if weights is not None:
+            assert resolved.weights is not None
+            loaded = load_new(plan, model, weights, resolved.weights.format)
     except BaseException:
         uninstall(model)
         raise
     vars(model)["plan"] = plan
+    came_from = None if loaded is None else loaded.data()
+    vars(model)["origin"] = {"seed": resolved.seed, "weights": came_from, "applied": type(model).__name__}
     paths = spec.paths()
     replaced = {
         path: written.name
@@ -216,7 +258,7 @@ def _install(name: str, model: nn.Module, plan: Plan) -> AppliedModel:
         if one.name != "original" or other
     }
     kept = tuple(path for path in paths if path not in replaced)
-    return AppliedModel(name, type(model).__name__, plan, replaced, kept, count)
+    return AppliedModel(name, type(model).__name__, plan, replaced, kept, count, loaded)
 
 
 def start_parameters(model: nn.Module, seed: int) -> int:

@@ -79,12 +79,22 @@ def opened(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Itera
         yield Source(checkpoint, plan, model, found, notes, known)
 
 
-def understood(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> tuple[Plan, tuple[str, ...], bool]:
-    """The plan of the model that a checkpoint is of, notes on what was taken for granted, and whether heads are known."""
+def understood(
+    checkpoint: Checkpoint, overrides: Sequence[str] = (), *, whole: bool = True
+) -> tuple[Plan, tuple[str, ...], bool]:
+    """The plan of the model that a checkpoint is of, notes on what was taken for granted, and whether heads are known.
+
+    With `whole` a directory of a design's new parameters alone is refused.
+    """
     directory = checkpoint.path.parent
     form, prefix = detect(checkpoint)
     if form.name == "ultrazoo" and is_ours(directory):
         content = config.read(directory)
+        if whole and config.holds_new(content):
+            raise WeightsError(
+                f"{directory} holds the new parameters of a design alone, which are no whole checkpoint: a recipe's `weights` "
+                "names them, and apply puts them into the model that they were trained in"
+            )
         config.require_plugins(directory, content["plugins"])
         config.require_files(directory, content["weights"])
         return recipe.make_plan(recipe.resolve(recipe.load(content["recipe"], overrides))), (), True

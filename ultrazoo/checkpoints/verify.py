@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import assemble
+from ..backbones.adapted import AdaptedSpec
 from ..errors import WeightsError
 from ..weights import digest
 from ..weights.keymaps import Format
 from ..weights.match import Match, collapse, detect, match
 from ..weights.meaning import require_same_meaning
+from ..weights.own import is_new_only, match_new
 from ..weights.reader import Checkpoint, open_checkpoint
 from ..weights.slots import attention_paths, slots_of
 from .source import understood
@@ -78,9 +80,11 @@ def verify(path: str | os.PathLike[str], plan: Plan | None = None, *, progress: 
     with open_checkpoint(path) as checkpoint:
         form, prefix, problem = _format(checkpoint)
         model, found, notes = "", None, ()
-        if form is not None:
+        adapted = plan is not None and isinstance(plan.resolved.backbone, AdaptedSpec)
+        if form is not None or adapted:
+            problem = ""
             try:
-                model, found, notes = _held(checkpoint, form, plan)
+                model, found, notes = _held(checkpoint, plan)
             except WeightsError as error:
                 problem = str(error)
                 model = model or (_called(plan) if plan is not None else "")
@@ -119,22 +123,24 @@ def _format(checkpoint: Checkpoint) -> tuple[Format | None, str, str]:
         return None, "", str(error)
 
 
-def _held(checkpoint: Checkpoint, form: Format, plan: Plan | None) -> tuple[str, Match, tuple[str, ...]]:
+def _held(checkpoint: Checkpoint, plan: Plan | None) -> tuple[str, Match, tuple[str, ...]]:
     """What the model is called, how the checkpoint fits it, and what was taken for granted; raises WeightsError."""
     own = plan is None
     notes: tuple[str, ...] = ()
     if plan is None:
-        plan, notes, _ = understood(checkpoint)
+        plan, notes, _ = understood(checkpoint, whole=False)
     model = assemble.skeleton(plan)
     resolved = plan.resolved
+    if is_new_only(checkpoint) and isinstance(resolved.backbone, AdaptedSpec):
+        return _called(plan), match_new(plan, model, checkpoint), notes
     found = match(
         checkpoint,
         {slot.name: slot.entry() for slot in slots_of(model) if slot.saved},
         backbone=resolved.backbone.name,
         model=_called(plan),
         extras=() if own else attention_paths(model),
-        layout=form.name,
         whole=own,
+        own_names=isinstance(resolved.backbone, AdaptedSpec),
     )
     if not own:
         require_same_meaning(checkpoint, found, resolved.attention, resolved.sites)

@@ -22,11 +22,12 @@ _REPORT = ", `report.html` pictures and tables"
 _GPUS = ("RTX 4090", "H20 96GB", "H100 80GB", "B200")
 
 
-def card(plan: Plan, *, origin: Mapping[str, Any] | None = None, report: bool = True) -> str:
+def card(plan: Plan, *, origin: Mapping[str, Any] | None = None, report: bool = True, parts: str = "all") -> str:
     """The card as Markdown. It names no licence: the weights' owner adds one.
 
     `origin` says where the numbers of a model that exists come from (config.json has the same); None: it is built from its
-    recipe now. `report` tells of a report.html beside it.
+    recipe now. `report` tells of a report.html beside it; `parts` is ``new`` for a design's parameters
+    alone.
     """
     resolved, totals = plan.resolved, plan.totals
     size = size_text(plan)
@@ -62,18 +63,28 @@ def card(plan: Plan, *, origin: Mapping[str, Any] | None = None, report: bool = 
         "```python",
         "import ultrazoo",
         "",
-        'model = ultrazoo.from_pretrained("path/to/this/directory")',
+        *_use(parts),
         "```",
         "",
         *_seconds(plan),
         "## Files",
         "",
-        f"{_FILES}{_REPORT if report else ''}.",
+        f"{_FILES}{'' if parts == 'all' else ' of the design alone'}{_REPORT if report else ''}.",
         "",
         f"Recipe hash `{plan.hash}`, seed {resolved.seed}, ultrazoo {__version__}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _use(parts: str) -> list[str]:
+    here = "path/to/this/directory"
+    if parts == "all":
+        return [f'model = ultrazoo.from_pretrained("{here}")']
+    return [
+        "# the pipeline or model whose attention this is, opened by its own library",
+        f'ultrazoo.apply(pipeline, "{here}/recipe.yaml", "weights.path={here}")',
+    ]
 
 
 def _front(plan: Plan) -> str:
@@ -115,8 +126,14 @@ def _origin(origin: Mapping[str, Any]) -> str:
         parts.append(f"Weights came from {_line(file)} (format {_line(str(weights.get('format')))}).")
         if weights.get("new"):
             parts.append("What it does not hold was new.")
+    elif origin.get("applied"):
+        parts.append(f"The design's new parameters were drawn from seed {origin.get('seed')}.")
     else:
         parts.append(f"Parameters were drawn from seed {origin.get('seed')}.")
+    if origin.get("applied"):
+        parts.append(
+            f"The design was applied to a loaded {_line(str(origin['applied']))}, whose own weights came with it."
+        )
     if origin.get("merged"):
         parts.append(f"LoRAs of the design with recipe hash `{_line(str(origin['merged']))}` were merged.")
     parts.append("Whether they were trained since is not recorded here.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .. import assemble
 from ..errors import UsageError
@@ -17,6 +17,7 @@ def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
+    parts: Literal["all", "new"] = "all",
     force: bool = False,
     progress: assemble.Progress | None = None,
     extra_files: assemble.ExtraFiles | None = None,
@@ -25,13 +26,16 @@ def save(
 
     It holds ``config.json``, ``model.safetensors`` (above 4 GB: shards and ``model.safetensors.index.json``), ``README.md``,
     the recipe and the plan; `extra_files` (name to function giving bytes) are added, and may replace the README. An
-    existing directory is refused unless `force`. Raises UsageError for a model without a plan or whose parameters are not
+    existing directory is refused unless `force`. With ``parts="new"`` it holds what `apply` added to a loaded model and nothing
+    of the model itself: `weights` of a recipe names it when that is applied again. Raises UsageError for a model without a plan or whose parameters are not
     the plan's (adapters must be merged or removed first), OutputError when the place cannot be written.
     """
     inner = getattr(model, "_orig_mod", model)
     plan = getattr(inner, "plan", None)
     if plan is None:
-        raise UsageError("this model has no plan: save takes models made by build or from_pretrained")
+        raise UsageError(
+            "this model has no plan: save takes models made by build or from_pretrained, or changed by apply"
+        )
     origin = getattr(inner, "origin", None) or {"seed": None, "weights": None}
-    files = {"README.md": lambda: card(plan, origin=origin, report=False).encode(), **(extra_files or {})}
-    assemble.save(model, directory, force=force, progress=progress, extra_files=files)
+    files = {"README.md": lambda: card(plan, origin=origin, report=False, parts=parts).encode(), **(extra_files or {})}
+    assemble.save(model, directory, parts=parts, force=force, progress=progress, extra_files=files)

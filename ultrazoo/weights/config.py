@@ -18,10 +18,13 @@ FILE = "config.json"
 SCHEMA = 1
 
 
-def make(plan: Any, written: Sequence[Written], dtypes: Sequence[str], origin: Mapping[str, Any]) -> bytes:
+def make(
+    plan: Any, written: Sequence[Written], dtypes: Sequence[str], origin: Mapping[str, Any], parts: str = "all"
+) -> bytes:
     """The text of config.json for a plan and the weight files written beside it.
 
-    `origin` says where the numbers come from: the seed of fresh ones, and the report of those that were loaded.
+    `origin` says where the numbers come from: the seed of fresh ones, and the report of those that were loaded. `parts`
+    is ``new`` where the files hold the design's parameters alone.
     """
     resolved = plan.resolved
     content = {
@@ -35,7 +38,8 @@ def make(plan: Any, written: Sequence[Written], dtypes: Sequence[str], origin: M
         "weights": {
             "format": "ultrazoo",
             "files": [one.data() for one in written],
-            "parameters": plan.totals.parameters,
+            "parameters": plan.totals.parameters if parts == "all" else sum(one.parameters for one in written),
+            **({"parts": parts} if parts != "all" else {}),
             "dtypes": sorted(dtypes),
         },
         "origin": dict(origin),
@@ -66,6 +70,11 @@ def read(directory: Path) -> dict[str, Any]:
             f"{path} has schema {content['schema']}, this ultrazoo {__version__} knows {SCHEMA}; upgrade ultrazoo"
         )
     return content
+
+
+def holds_new(content: Mapping[str, Any]) -> bool:
+    """Whether a config.json stands beside the parameters of a design alone."""
+    return bool(content["weights"].get("parts") == "new")
 
 
 def require_plugins(directory: Path, plugins: Sequence[Mapping[str, Any]]) -> None:

@@ -26,7 +26,7 @@ PLACES = {
 }
 """What a placeholder matches."""
 
-PREFIXES = ("", "module.", "model.", "transformer.", "model.diffusion_model.", "pipe.dit.")
+PREFIXES = ("", "module.", "_orig_mod.", "model.", "transformer.", "model.diffusion_model.", "pipe.dit.")
 """Wrappers that training programs and single-file packers put in front of every key."""
 
 Rows = tuple[tuple[str, str], ...]

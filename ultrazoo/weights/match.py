@@ -19,6 +19,9 @@ from .tensors import PLAIN, Entry
 
 KINDS = ("wrong shape", "wrong type", "missing", "unexpected", "no place")
 
+INSIDE = ".processor."
+"""Stands in the names of a design's parameters inside a model of another library, and in none of the model's own."""
+
 Row = tuple[str, str, str, str]
 """One tensor that does not fit: kind, key, what the file has, what the model wants."""
 
@@ -123,14 +126,15 @@ def match(
     extras: Sequence[str] = (),
     layout: str = "auto",
     whole: bool = False,
+    own_names: bool = False,
 ) -> Match:
     """Pair the model's `parameters` with the checkpoint's keys.
 
     `backbone` is the registered name and `model` what to call the model in messages; `extras` are the module paths of
-    attention blocks, whose parameters may be new. With `whole` nothing may be new or dropped. Raises WeightsError with a
-    table when anything does not fit.
+    attention blocks, whose parameters may be new. With `whole` nothing may be new or dropped. `own_names`: the model is of
+    another library, whose files have the model's own names. Raises WeightsError with a table when anything does not fit.
     """
-    form, prefix = detect(checkpoint, layout)
+    form, prefix = _own(checkpoint, parameters, backbone, layout) if own_names else detect(checkpoint, layout)
     if form.backbone not in (None, backbone):
         raise WeightsError(
             f"{checkpoint.path} is a {form.name} checkpoint, for backbone {form.backbone!r}, not {backbone!r}"
@@ -143,7 +147,7 @@ def match(
             unknown.append(key)
         else:
             found[_placed(ours, parameters)] = key
-    split = _Split(extras, whole)
+    split = _Split(extras, whole, own_names)
     rows: list[Row] = [("unexpected", key, _facts(checkpoint.entries[key]), "") for key in unknown]
     reused, new, dropped = {}, [], []
     for name, key in found.items():
@@ -173,10 +177,23 @@ def match(
     return Match(str(checkpoint.path), form.name, prefix, reused, tuple(new), tuple(dropped))
 
 
+def _own(checkpoint: Checkpoint, parameters: Mapping[str, Entry], backbone: str, layout: str) -> tuple[Format, str]:
+    """The format whose names are the model's own, and the prefix before the keys."""
+    if layout not in ("auto", "ultrazoo", backbone):
+        raise WeightsError(
+            f"weights.format {layout!r} is none of backbone {backbone!r}, whose checkpoints have the model's own names; "
+            "say format: auto"
+        )
+    prefix = "" if any(key in parameters for key in checkpoint) else strip_prefix(checkpoint)
+    return Format(backbone, "the model's own names", FORMATS["ultrazoo"].rows, ()), prefix
+
+
 def _placed(name: str, parameters: Mapping[str, Entry]) -> str:
     """`name`, or its place when a layer has or had alternatives for other sampling steps: those keep theirs in `base`."""
     for old, new in ((".attention.", ".attention.base."), (".attention.base.", ".attention.")):
-        moved = name.replace(old, new, 1)
+        # a host of another library may be called attention itself
+        at = max(name.find(INSIDE), 0)
+        moved = name[:at] + name[at:].replace(old, new, 1)
         if name not in parameters and moved in parameters:
             return moved
     return name
@@ -185,14 +202,16 @@ def _placed(name: str, parameters: Mapping[str, Entry]) -> str:
 class _Split:
     """Which names are extra parameters of attention blocks, and of which part of the block."""
 
-    def __init__(self, extras: Sequence[str], whole: bool):
+    def __init__(self, extras: Sequence[str], whole: bool, own_names: bool):
         self._extras = tuple(f"{path}." for path in extras)
         self._whole = whole
+        self._own_names = own_names
 
     def is_extra(self, name: str) -> bool:
         if self._whole:
             return False
-        return name.startswith(self._extras) or "attention" in name.split(".")[:-1]
+        inside = INSIDE in name if self._own_names else "attention" in name.split(".")[:-1]
+        return inside or name.startswith(self._extras)
 
     def part(self, name: str) -> str:
         """``blocks.3.attention.fuse.gates.0.2.bias`` → ``blocks.3.attention.fuse``."""

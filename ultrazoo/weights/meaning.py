@@ -29,17 +29,24 @@ RELEASED = UltraGenSpec(variant="released", full_first=0, full_last=0)
 
 
 def require_same_meaning(
-    checkpoint: Checkpoint, found: Match, attention: Sequence[AttentionSpec], sites: Sequence[Site]
+    checkpoint: Checkpoint,
+    found: Match,
+    attention: Sequence[AttentionSpec],
+    sites: Sequence[Site],
+    layers: Mapping[int, set[str]] | None = None,
 ) -> None:
-    """Raise WeightsError for every layer that would misread the extra weights it reuses. `attention` is expanded."""
-    layers = by_layer(found.reused)
+    """Raise WeightsError for every layer that would misread the extra weights it reuses. `attention` is expanded.
+
+    `layers` are the extra parameters of each layer where their names do not begin with its number.
+    """
+    layers = by_layer(found.reused) if layers is None else layers
     if not layers or (written := _written(checkpoint, found.format)) is None:
         return
     theirs = {layer: written(sites[layer]) for layer in layers}
     if wrong := _misread(theirs, {layer: attention[layer] for layer in layers}, layers):
         lines = [f"{checkpoint.path} ({found.format}) holds weights that this recipe would misread; nothing was loaded"]
         lines += [f"  {where}   the weights belong to {due}, got {got}" for where, due, got in wrong]
-        if design := FORMATS[found.format].design:
+        if found.format in FORMATS and (design := FORMATS[found.format].design):
             lines.append(f"  the design they belong to is {design}")
         raise WeightsError("\n".join(lines))
 
@@ -104,7 +111,7 @@ def _written(checkpoint: Checkpoint, layout: str) -> Callable[[Site], AttentionS
     if layout == "ultragen":
         return RELEASED.expand
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if layout != "ultrazoo" or not is_ours(directory):
+    if not is_ours(directory):
         return None
     specs = _stored(directory)
     return lambda site: specs[site.layer] if site.layer < len(specs) else None
