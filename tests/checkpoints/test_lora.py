@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,8 @@ from tests.weights.models import PAPER, RELEASED, error_ratio, inputs, same, tin
 from ultrazoo.checkpoints.convert import convert
 from ultrazoo.checkpoints.lora import load_lora, save_lora
 from ultrazoo.errors import OutputError, UsageError, WeightsError
+
+peft = pytest.importorskip("peft")
 
 HEADS = f"backbone.heads={layouts.HEADS}"
 TARGETS = ["to_q", "to_k", "to_out.0", "ffn.net.2"]

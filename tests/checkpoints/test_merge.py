@@ -183,7 +183,7 @@ def test_quantised_wrapped_and_absent_linears_are_refused():
     model.blocks[0].attention.branches["regional"].adapt["q"].lora_A.to("meta")
     with pytest.raises(UsageError, match="is on the meta device"):
         merge_lora(model)
-    import peft
+    peft = pytest.importorskip("peft")
 
     model = randomised(PAPER)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["self_attn.q"]), model)
