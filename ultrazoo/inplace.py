@@ -12,21 +12,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from . import recipe
-from .attention.contract import Attention
 from .backbones.adapted import AdaptedSpec
 from .backbones.diffusers import ADAPTERS, class_name_of
-from .backbones.diffusers.install import uninstall
+from .backbones.diffusers.install import MARK, uninstall
 from .backbones.session import Session
 from .errors import UsageError, WeightsError, listed
-from .ops import init
 from .recipe.tree import Mark, copy, from_plain
 from .weights.match import Match
 from .weights.own import load_new
-from .weights.slots import seeded
+from .weights.starts import start_parameters
 
 if TYPE_CHECKING:
     from .recipe import Plan, Recipe, Resolved
@@ -140,23 +137,41 @@ def apply(target: Any, source: Source, *overrides: str) -> Report:
 
 
 def remove(target: Any) -> list[str]:
-    """Undo `apply`: the model's own attentions, as they were. Returns the module paths restored."""
-    found: list[str] = []
-    for model in _models(target).values():
-        found += uninstall(model)
-    return found
+    """Undo `apply`: the model's own attentions, as they were. Returns the module paths restored.
+
+    Of a pipeline's models, those that run a recipe. Raises UsageError where none does.
+    """
+    models = list(_models(target).values())
+    applied = [model for model in models if MARK in vars(model)]
+    return [path for model in applied or models for path in uninstall(model)]
 
 
 def _models(target: Any) -> dict[str, nn.Module]:
     """The models inside `target`, by the name of their component; the model itself under the empty name."""
-    target = getattr(target, "_orig_mod", target)
     if isinstance(target, nn.Module):
-        return {"": target}
+        return {"": _inside(target)}
     found = {name: getattr(target, name, None) for name in COMPONENTS}
-    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    models = {name: _inside(model) for name, model in found.items() if isinstance(model, nn.Module)}
     if not models:
         raise UsageError(f"apply takes a model or a pipeline with a transformer, got {type(target).__name__}")
     return models
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model itself, without what torch.compile or peft put around it. Raises UsageError for a wrapper that has to know
+    every parameter from its start."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise UsageError(
+                f"{type(inner).__name__} knows only the parameters it was made with: apply first, then wrap"
+            )
+        else:
+            return inner  # type: ignore[no-any-return]
 
 
 def _node_of(model: nn.Module) -> dict[str, Any]:
@@ -261,69 +276,4 @@ def _install(name: str, model: nn.Module, plan: Plan, weights: Path | None) -> A
     return AppliedModel(name, type(model).__name__, plan, replaced, kept, count, loaded)
 
 
-def start_parameters(model: nn.Module, seed: int) -> int:
-    """Give the attentions' own parameters inside `model` their initial values, dtype and device; returns their number.
-
-    Each is seeded by (seed, its name in the model). Raises UsageError where a value is a copy of a host's parameter that
-    is not a plain floating-point one (quantised, sharded away).
-    """
-    dtype, device = _kind(model)
-    count = 0
-    for path, block in model.named_modules():
-        if not isinstance(block, Attention):
-            continue
-        for name, module in block.named_modules():
-            if name and isinstance(module, Attention):
-                continue
-            for own, parameter in list(module._parameters.items()):
-                if parameter is None:
-                    continue
-                full = ".".join(part for part in (path, name, own) if part)
-                value = init.value_of(module, own)
-                if isinstance(value, init.Copy):
-                    made = _copied(model, path, value.source, full)
-                else:
-                    made = init.make(value, parameter.shape, seeded(seed, full))
-                kind = dtype if made.is_floating_point() else made.dtype
-                module._parameters[own] = nn.Parameter(made.to(device, kind), requires_grad=parameter.requires_grad)
-                count += parameter.numel()
-        block.to(device)
-    return count
-
-
-def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device of new parameters: those most of the model's floating-point parameters have."""
-    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-    for name, parameter in model.named_parameters():
-        if (
-            parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-            and ".processor." not in name
-        ):
-            key = parameter.dtype, parameter.device
-            sizes[key] = sizes.get(key, 0) + parameter.numel()
-    return max(sizes, key=lambda key: sizes[key]) if sizes else (torch.float32, torch.device("cpu"))
-
-
-def _copied(model: nn.Module, path: str, source: str, full: str) -> torch.Tensor:
-    """The host's parameter that `full` starts as a copy of; `path` is the attention's module path."""
-    at, _, _ = path.partition(".processor.")
-    host = model.get_submodule(at)
-    processor: Any = host.processor
-    which, _, part = source.partition(".")
-    names = processor.names
-    linear = getattr(host, {"q": names.q, "k": names.k, "v": names.v, "o": names.out}[which])
-    linear = linear[0] if isinstance(linear, nn.ModuleList) else linear
-    found = getattr(getattr(linear, "base_layer", linear), part, None)
-    if (
-        not isinstance(found, torch.Tensor)
-        or not found.is_floating_point()
-        or found.dim() != (2 if part == "weight" else 1)
-    ):
-        raise UsageError(
-            f"{full} starts as a copy of {at}.{which} {part}, which is not a plain floating-point parameter here; "
-            "use adapt: shared or lora on quantised models"
-        )
-    return found.detach().clone()
-
-
-__all__ = ["AppliedModel", "Report", "apply", "remove", "start_parameters"]
+__all__ = ["AppliedModel", "Report", "apply", "remove"]

@@ -14,7 +14,9 @@ def require_plain(module: nn.Module, path: str, why: str) -> nn.Linear:
 
     `why` says what was going to be done to it.
     """
-    kind = f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+    home, name = type(module).__module__, type(module).__name__
+    # torch has several of that name
+    kind = f"{home}.{name}" if home.startswith("torch.") else f"{home.split('.')[0]}'s {name}"
     if hasattr(module, "base_layer"):
         raise UsageError(
             f"{path} is wrapped ({kind}): {why} would miss what the wrapper adds; merge or unload the adapter first"

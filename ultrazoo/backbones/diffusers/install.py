@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...errors import UsageError
+from ...errors import UsageError, listed
 from ..adapter import Installed
+from ..layers import traced
 from ..session import Session
 from .processor import Processor
 
@@ -23,10 +24,22 @@ _LENT = ("session", "select", "deselect", "reset_state", "cache_context", MARK)
 
 
 class Placed:
-    """What `install` did to one model, so that `uninstall` can undo it."""
+    """What `install` did to one model, so that `uninstall` can undo it: processors by path, and the stock ones."""
 
-    def __init__(self, installed: Installed, stock: dict[str, Any], handles: list[Any]):
-        self.installed, self.stock, self.handles = installed, stock, handles
+    def __init__(self, installed: Installed, made: dict[str, Processor], stock: dict[str, Any]):
+        self.installed, self.made, self.stock = installed, made, stock
+        self.handles: list[Any] = []
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins. Raises UsageError where somebody put other processors in place of ours."""
+        if not traced():
+            gone = [path for path, ours in self.made.items() if model.get_submodule(path).processor is not ours]
+            if gone:
+                raise UsageError(
+                    f"{listed(gone[:3])}: the recipe's processor was replaced (fuse_qkv_projections of some classes and "
+                    "set_attn_processor do that); ultrazoo.remove(model), do it again, then apply"
+                )
+        self.installed.enter(model, args, kwargs)
 
 
 def install(model: nn.Module, spec: AdaptedSpec, session: Session) -> None:
@@ -56,8 +69,9 @@ def install(model: nn.Module, spec: AdaptedSpec, session: Session) -> None:
     for path, processor in made.items():
         processor.train(model.training)
         model.get_submodule(path).set_processor(processor)  # type: ignore[operator]
-    handles = [
-        model.register_forward_pre_hook(installed.enter, with_kwargs=True),
+    placed = Placed(installed, made, stock)
+    placed.handles += [
+        model.register_forward_pre_hook(placed.enter, with_kwargs=True),
         model.register_forward_hook(installed.leave, always_call=True),
     ]
     vars(model).update(
@@ -66,7 +80,7 @@ def install(model: nn.Module, spec: AdaptedSpec, session: Session) -> None:
             "select": session.select,
             "deselect": session.deselect,
             "reset_state": session.reset_state,
-            MARK: Placed(installed, stock, handles),
+            MARK: placed,
         }
     )
     if hasattr(type(model), "cache_context"):
@@ -74,12 +88,22 @@ def install(model: nn.Module, spec: AdaptedSpec, session: Session) -> None:
 
 
 def uninstall(model: nn.Module) -> list[str]:
-    """Undo `install`: stock processors, hooks and attributes as they were. Returns the paths restored."""
+    """Undo `install`: stock processors, hooks and attributes as they were. Returns the paths restored.
+
+    A processor that somebody put in place of ours meanwhile stays.
+    """
     placed: Placed | None = vars(model).get(MARK)
     if placed is None:
         raise UsageError(f"this {type(model).__name__} runs no recipe: there is nothing to remove")
     for path, held in placed.stock.items():
-        model.get_submodule(path).set_processor(held)  # type: ignore[operator]
+        attn = model.get_submodule(path)
+        if attn.processor is placed.made[path]:
+            attn.set_processor(held)  # type: ignore[operator]
+    # what unfuse_qkv_projections of some classes puts back
+    kept: dict[str, Any] = getattr(model, "original_attn_processors", None) or {}
+    for name, processor in kept.items():
+        if isinstance(processor, Processor):
+            kept[name] = processor.stock[0]
     for handle in placed.handles:
         handle.remove()
     placed.installed.forget(model)

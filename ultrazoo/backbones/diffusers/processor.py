@@ -105,7 +105,10 @@ class Processor(nn.Module):
     def _follow(self, x: Tensor) -> None:
         """Offloading moves modules it knew when it was set up; ours came later, so they follow the data."""
         own = next(self.attention.parameters(), None)
-        if own is not None and own.device != x.device and not torch.compiler.is_compiling():
+        if own is None or own.device == x.device or torch.compiler.is_compiling():
+            return
+        # on the meta device they belong to hooks that were set up later than they, and bring them at each call
+        if not own.is_meta:
             self.attention.to(x.device)
 
     # what diffusers sets on every processor it finds

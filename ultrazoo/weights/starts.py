@@ -1,0 +1,132 @@
+"""Initial values of a design's own parameters inside a model that is loaded, in whatever state its own are.
+
+The host's parameters are read only where a design starts as a copy of them; what is read there has to be the whole truth about
+the projection: plain numbers, no adapter beside them, none of them elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.contract import Attention
+from ..errors import UsageError
+from ..ops import init
+from .plain import require_plain
+from .slots import attention_paths, seeded
+from .tensors import PLAIN
+
+
+def start_parameters(model: nn.Module, seed: int) -> int:
+    """Give the attentions' own parameters inside `model` their initial values, dtype and device; returns their number.
+
+    Each is seeded by (seed, its name in the model). Raises UsageError where a value is a copy of a host's parameter that
+    is not a plain one (quantised, under a LoRA, on a disk), and for offloading that would lose parameters it never saw.
+    """
+    dtype, device = _kind(model)
+    count = 0
+    for path in attention_paths(model):
+        block = model.get_submodule(path)
+        for name, module in block.named_modules():
+            for own, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                full = ".".join(part for part in (path, name, own) if part)
+                value = init.value_of(module, own)
+                if isinstance(value, init.Copy):
+                    made = _copied(model, path, value.source, full, parameter.shape)
+                else:
+                    made = init.make(value, parameter.shape, seeded(seed, full))
+                kind = dtype if made.is_floating_point() else made.dtype
+                module._parameters[own] = nn.Parameter(made.to(device, kind), requires_grad=parameter.requires_grad)
+                count += parameter.numel()
+        block.to(device)
+    if count:
+        _refuse_streams(model)
+    return count
+
+
+def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device of new parameters: those most of the model's floating-point parameters have.
+
+    An offloaded model shows its parameters on the meta device; new ones wait in main memory and follow the data.
+    """
+    inside = tuple(f"{path}." for path in attention_paths(model))
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in PLAIN and not name.startswith(inside):
+            key = parameter.dtype, parameter.device
+            sizes[key] = sizes.get(key, 0) + parameter.numel()
+    if not sizes:
+        return torch.float32, torch.device("cpu")
+    dtype, device = max(sizes, key=lambda key: sizes[key])
+    if device.type == "meta" and any(hasattr(module, "_hf_hook") for module in model.modules()):
+        device = torch.device("cpu")
+    return dtype, device
+
+
+def _copied(model: nn.Module, path: str, source: str, full: str, shape: torch.Size) -> Tensor:
+    """The host's parameter that `full` starts as a copy of; `path` is the attention's module path."""
+    at, _, _ = path.partition(".processor.")
+    host = model.get_submodule(at)
+    processor: Any = host.processor
+    names = processor.names
+    which, _, part = source.partition(".")
+    own_name = {"q": names.q, "k": names.k, "v": names.v, "o": names.out}[which]
+    # the stock path reads only the fused copy then: the others may be stale
+    fused = which in "qkv" and getattr(host, "fused_projections", False) and hasattr(host, names.fused)
+    name = names.fused if fused else own_name
+    linear = getattr(host, name)
+    linear = linear[0] if isinstance(linear, nn.ModuleList) else linear
+    why = f"the start of {full} as its copy (adapt: shared and lora read no weights)"
+    with _present(linear, f"{at}.{name}", why):
+        require_plain(linear, f"{at}.{name}", why)
+        found = getattr(linear, part)
+        if found is None:
+            # a copy of a projection without bias
+            return torch.zeros(shape)
+        if fused:
+            found = found.chunk(3, dim=0)["qkv".index(which)]
+        if found.shape != shape:
+            raise UsageError(f"{at}.{name}.{part} is {tuple(found.shape)}, {full} {tuple(shape)}: it cannot be a copy")
+        return found.detach().clone()
+
+
+@contextlib.contextmanager
+def _present(linear: nn.Module, path: str, why: str) -> Iterator[None]:
+    """`linear` with its parameters in memory, wherever accelerate or diffusers keep them. Raises UsageError for a disk that
+    diffusers alone reads."""
+    for group in _groups(linear):
+        if getattr(group, "offload_to_disk_path", None) is not None:
+            raise UsageError(f"{path} is offloaded to disk: {why} needs its numbers; apply before enable_group_offload")
+    if hasattr(linear, "_hf_hook"):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(linear, torch.device("cpu")):
+            yield
+    else:
+        yield
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    """The groups of diffusers' group offloading that `module` itself leads."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return [hook.group for hook in hooks.values() if hasattr(hook, "group")]
+
+
+def _refuse_streams(model: nn.Module) -> None:
+    """Raise UsageError where group offloading by streams moves whole blocks: it copies only parameters it saw at its start."""
+    for module in model.modules():
+        for group in _groups(module):
+            inside = (one for held in group.modules for one in held.modules())
+            if group.stream is not None and any(
+                isinstance(one, Attention) and list(one.parameters()) for one in inside
+            ):
+                raise UsageError(
+                    "this model is offloaded in groups by streams, which know only the parameters they began with; "
+                    "apply first, then enable_group_offload, or use offload_type='leaf_level'"
+                )
