@@ -158,14 +158,12 @@ def test_a_gate_of_hidden_states_has_none_for_extra_rows() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "math", "flash_attn"])
-def test_a_kernel_that_cannot_run_lists_gives_every_candidate_s_reason(kernel: str) -> None:
-    module = ultrazoo.create_attention("block_sparse", dim=16, heads=2, kernel=kernel)
-    with pytest.raises(KernelError) as caught:
-        module(torch.zeros(1, 105, 16), (3, 5, 7))
-    text = str(caught.value)
-    assert f"kernel {kernel!r} was asked for and cannot run" in text
-    for candidate in ("sdpa: ", "math: ", "gathered: can run"):
-        assert candidate in text
+def test_a_kernel_that_takes_no_lists_is_a_problem_before_the_call(kernel: str) -> None:
+    spec = BlockSparseSpec(order=RasterSpec(block=8), kernel=kernel)
+    (problem,) = spec.problems(Site(dim=16, heads=2, head_dim=8, grid=Grid(3, 5, 7)))
+    assert problem.path == "kernel"
+    assert problem.rule == f"{kernel!r} can never run for this design: takes no block_map"
+    assert "use auto, gathered" in problem.fix
 
 
 def test_a_kernel_without_lse_is_no_good_for_a_joint_softmax() -> None:

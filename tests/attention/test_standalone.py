@@ -193,3 +193,56 @@ def test_visible_refuses_what_is_no_question(options: dict[str, Any], words: str
     with pytest.raises(UsageError, match=words):
         visible("full", (1, 3, 4), **options)
     assert visible("full", (3, 4), queries=[11, 0]).shape == (1, 2, 12)
+
+
+LSE = {"branches": {"a": {}, "b": {"layout": {"name": "windows", "counts": 2}}}, "fuse": {"name": "lse"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kernel", "words"),
+    [
+        ("block_sparse", {}, "sdpa", "takes no block_map; use auto, gathered"),
+        ("block_sparse", {}, "flash_attn", "takes no block_map"),
+        ("block_sparse", {}, "by_key", "blocks of one query, they have up to"),
+        (
+            "block_sparse",
+            {"order": {"name": "raster", "block": 64}},
+            "flash_attn_4",
+            "query blocks of 128 tokens alone",
+        ),
+        ("video_sparse", {}, "sdpa", "takes no block_map"),
+        ("radial", {}, "xformers", "takes no block_map"),
+        ("sol", {}, "math", "takes no block_map"),
+        ("sla2", {"router": "soft"}, "gathered", "would never be asked"),
+        ("sparse_videogen", {}, "sdpa", "takes no block_map"),
+        ("full", {}, "gathered", "is for block maps only.*use auto, sdpa, math"),
+        ("full", {}, "skip_softmax", "needs a threshold"),
+        ("branched", LSE, "xformers", "does not return lse"),
+        ("swin", {"window": 4, "bias": True}, "flash_attn", "takes no bias"),
+        ("monarch", {}, "flash_attn", "takes no log_weight"),
+        ("t3", {}, "flex", "is for block maps only"),
+        (
+            "by_head",
+            {"groups": {"0": {"name": "full"}, "1": {"name": "radial", "kernel": "sdpa"}}},
+            "",
+            "takes no block_map",
+        ),
+    ],
+)
+def test_a_kernel_that_can_never_run_is_a_problem_before_the_call(
+    name: str, options: dict[str, Any], kernel: str, words: str
+) -> None:
+    forced = {"kernel": kernel} if kernel else {}
+    with pytest.raises(SiteError, match=f"kernel .*{words}"):
+        create_attention(name, dim=16, heads=2, **options, **forced)
+
+
+def test_a_kernel_that_may_run_is_left_to_the_call() -> None:
+    for name, kernel in (
+        ("full", "flash_attn"),
+        ("block_sparse", "flash_attn_4"),
+        ("branched", "xformers"),
+        ("sol", "flex"),
+    ):
+        options: dict[str, Any] = {"branches": {"a": {}}} if name == "branched" else {}
+        assert create_attention(name, dim=16, heads=2, kernel=kernel, **options).spec.kernel == kernel

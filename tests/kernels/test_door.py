@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -173,3 +177,56 @@ def test_inputs_that_do_not_fit_are_told_before_any_kernel(kernel: str, change: 
     q, k, v = inputs(dtype=torch.float32)
     with pytest.raises(UsageError, match=words):
         attend(**{"q": q, "k": k, "v": v, "kernel": kernel, **change})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "folders", "words"),
+    [
+        ("flash_attn", {}, "is not installed"),
+        ("flash_attn", {"flash_attn/cute/interface.py": "def flash_attn_func(): ..."}, "without flash_attn_func"),
+        ("flash_attn_4", {"flash_attn/__init__.py": "def flash_attn_func(): ..."}, "flash-attn-4 is not installed"),
+        ("flash_attn", {"flash_attn/__init__.py": "raise OSError('undefined symbol')"}, "does not import: OSError"),
+        ("flash_attn", {"flash_attn/__init__.py": "import flash_attn_parts"}, "does not import: ModuleNotFoundError"),
+        ("flash_attn", {"flash_attn/__init__.py": "def flash_attn_func(): ..."}, "needs a CUDA device"),
+    ],
+)
+def test_a_package_counts_when_its_function_is_there(
+    kernel: str, folders: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of version 4 is a namespace package flash_attn, and is not version 2."""
+    from ultrazoo.kernels import flash_attn
+
+    for path, text in folders.items():
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ours = ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if importlib.util.find_spec("flash_attn") is not None and not folders:
+        pytest.skip("flash-attn is installed here")
+    flash_attn._package.cache_clear()
+    try:
+        assert words in registry.find("kernel", kernel).absent()
+    finally:
+        flash_attn._package.cache_clear()
+        for name in ours:
+            sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "passes", "words"),
+    [
+        ("sdpa", {"block_map"}, "takes no block_map"),
+        ("gathered", set(), "is for block maps only"),
+        ("flex", {"bias"}, "takes no bias"),
+        ("xformers", {"lse"}, "does not return lse"),
+        ("skip_softmax", set(), "needs a threshold"),
+        ("flash_attn_3", {"key_mask"}, "takes no key_mask"),
+    ],
+)
+def test_what_can_never_run_is_known_without_inputs(kernel: str, passes: set[str], words: str) -> None:
+    assert words in registry.find("kernel", kernel).never(passes)
+    assert registry.find("kernel", "math").never(passes - {"block_map"}) == []

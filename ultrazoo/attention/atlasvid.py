@@ -105,7 +105,7 @@ class AtlasvidSpec(AttentionSpec):
         return None if rope is None or rope.trained is None else tuple(rope.trained)  # type: ignore[return-value]
 
     def problems(self, site: Site) -> list[Problem]:
-        found = kernel_problems(self.kernel)
+        found = kernel_problems(self.kernel, ("log_weight",) if self.weight == "cells" else ())
         if self.extent(site.rope) is None:
             rule = "the model does not say at which grid it was trained"
             found.append(Problem("window", rule, "give the largest window: [T, H, W] in tokens"))

@@ -61,9 +61,8 @@ class BlockSparseSpec(AttentionSpec):
         found = [problem.under("order") for problem in self.order.problems(site)]
         found += [problem.under("selector") for problem in self.selector.problems(site)]
         found += [problem.under("far") for problem in self.far.problems(site)]
-        found += kernel_problems(self.kernel)
         if found:
-            return found
+            return found + kernel_problems(self.kernel)
         for segment in site.extra:
             if _needs_grid(self.selector) and (segment.rows == "pattern" or segment.keys == "compete"):
                 rule = f"selects by place, and segment {segment.kind!r} has none (rows {segment.rows}, keys {segment.keys})"
@@ -79,7 +78,22 @@ class BlockSparseSpec(AttentionSpec):
         if getattr(self.far, "skip", 0) and (self.selector.softness is not None or self.selector.name != "pooled"):
             rule = "skips by the scores of a pooled selector that chooses"
             found.append(Problem("far.skip", rule, "use 0, or selector pooled with a rule that chooses"))
-        return found or [p.under("selector") for p in self.selector.place_problems(self.place(site), site)]
+        if found:
+            return found
+        return self._kernel_problems(site) + [
+            p.under("selector") for p in self.selector.place_problems(self.place(site), site)
+        ]
+
+    def _kernel_problems(self, site: Site) -> list[Problem]:
+        if self.kernel == "auto":
+            return []
+        if self.selector.softness is not None:
+            rule = f"{self.kernel!r} would never be asked: a soft rule weighs every pair in plain arithmetic"
+            return [Problem("kernel", rule, "use auto, or a rule that chooses")]
+        place = self.place(site)
+        return kernel_problems(
+            self.kernel, ("block_map", "lse") if self.far.wants_lse else ("block_map",), place.queries, place.keys
+        )
 
     # --- what it costs ----------------------------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ class BranchedSpec(AttentionSpec):
             found += [problem.under(f"branches.{name}") for problem in branch.problems(site)]
         found += [problem.under("fuse") for problem in self.fuse.problems(site)]
         found += [problem.under("fuse") for problem in self.fuse.branch_problems(self.names, site)]
-        found += kernel_problems(self.kernel)
+        found += kernel_problems(self.kernel, ("lse",) if self.fuse.wants_lse else ())
         if self.fuse.wants_lse:
             for name, branch in self.branches.items():
                 if branch.compresses_queries or branch.layout.ragged == "resize":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from ..errors import Problem
+from ..errors import Problem, listed
 from ..grid import Grid
+from ..ops.blocks import Blocks
 from ..ops.partition import AxisRule
 from ..ops.runs import whole
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Site, Start, Traits, option
@@ -57,18 +58,28 @@ class FullSpec(AttentionSpec):
         ]
 
 
-def kernel_problems(kernel: str) -> list[Problem]:
-    """A kernel name that nobody registered."""
+def kernel_problems(
+    kernel: str, passes: Collection[str] = (), queries: Blocks | None = None, keys: Blocks | None = None
+) -> list[Problem]:
+    """A kernel name that nobody registered, or a kernel that runs on no machine for a design that always passes these
+    inputs (words of `KernelSpec.takes`), and these blocks of queries and keys where it passes a map of them."""
     from .. import registry
     from ..errors import RegistryError
 
     if kernel == "auto":
         return []
     try:
-        registry.entry("kernel", kernel)
+        spec = registry.find("kernel", kernel)
+        why = spec.never(passes, queries, keys)
     except RegistryError as error:
         return [Problem("kernel", str(error))]
-    return []
+    if not why:
+        return []
+    others = [row.name for row in registry.entries("kernel") if row.builtin]
+    able = [name for name in others if not registry.find("kernel", name).never(passes, queries, keys)]
+    return [
+        Problem("kernel", f"{kernel!r} can never run for this design: {'; '.join(why)}", f"use auto, {listed(able)}")
+    ]
 
 
 def dense_cost(site: Site) -> Cost:

@@ -65,7 +65,7 @@ class MonarchSpec(AttentionSpec):
     )
 
     def problems(self, site: Site) -> list[Problem]:
-        return kernel_problems(self.kernel)
+        return kernel_problems(self.kernel, ("log_weight",))
 
     @property
     def tiled(self) -> bool:

@@ -52,7 +52,7 @@ class SparseVideoGenSpec(AttentionSpec):
     kernel: str = option("auto", "a registered kernel that takes block maps, or auto")
 
     def problems(self, site: Site) -> list[Problem]:
-        return kernel_problems(self.kernel)
+        return kernel_problems(self.kernel, ("block_map",))
 
     def band(self, grid: Grid) -> int:
         """Blocks to either side of a query's."""

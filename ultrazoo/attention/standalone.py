@@ -167,22 +167,29 @@ def create_attention(
     return module
 
 
-PROBES = (Grid(64, 512, 512), Grid(21, 68, 120), Grid(1, 512, 512), *(Grid(n, n, n) for n in (32, 16, 8, 4, 2, 1)))
-"""Grids from large to small, videos and images: what none of them allows, an option forbids by itself."""
+PROBES = (
+    Grid(32, 128, 128),
+    Grid(21, 68, 120),
+    Grid(1, 128, 128),
+    *(Grid(n, n, n) for n in (32, 16, 8, 4, 2)),
+    Grid(64, 512, 512),
+)
+"""Videos and images, large and small: what none of them allows, an option forbids by itself."""
 
 
 def _somewhere(spec: AttentionSpec, site: Site) -> Site:
-    """`site` at a grid where `spec` works; raises SiteError with what is wrong at every grid."""
-    everywhere: list[Problem] = []
+    """`site` at a grid where `spec` works; raises SiteError with the options that are wrong at every grid."""
+    shown: list[Problem] = []
     for at, grid in enumerate(PROBES):
         found = _problems(spec, site.at(grid=grid))
         if not found:
             return site.at(grid=grid)
-        everywhere = found if at == 0 else [problem for problem in everywhere if problem in found]
-    if not everywhere:
-        fix = "give grid=(T, H, W), and what is wrong there is told"
-        everywhere = [Problem("", f"works at none of the grids {', '.join(map(str, PROBES))}", fix)]
-    raise SiteError(f"attention {spec.name!r}", everywhere)
+        # the numbers in a rule may be those of the grid: the option is what stays wrong
+        shown = found if at == 0 else [one for one in shown if any(one.path == other.path for other in found)]
+    if shown:
+        raise SiteError(f"attention {spec.name!r}", shown)
+    where = f"attention {spec.name!r} at grid {PROBES[0]}, and other problems at others (give grid=(T, H, W) to choose)"
+    raise SiteError(where, _problems(spec, site.at(grid=PROBES[0])))
 
 
 def _problems(spec: AttentionSpec, site: Site) -> list[Problem]:

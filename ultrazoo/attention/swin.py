@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import registry
 from ..errors import Problem
 from ..grid import Grid, per_axis
 from ..ops.init import Constant, Normal
@@ -77,11 +76,7 @@ class SwinSpec(AttentionSpec):
         if isinstance(self.window, tuple) and len(self.window) not in (2, 3):
             rule = f"got {len(self.window)} numbers; one or two mean (H, W), three (T, H, W)"
             return [Problem("window", rule)]
-        found = kernel_problems(self.kernel)
-        forced = None if found or self.kernel == "auto" else registry.find("kernel", self.kernel)
-        if forced is not None and self.biased(site) and "bias" not in forced.takes:
-            rule = f"{self.kernel} adds nothing to the scores, and this block has a table"
-            found.append(Problem("kernel", rule, "use auto, sdpa or math, or bias: false"))
+        found = kernel_problems(self.kernel, ("bias",) if self.biased(site) else ())
         if self.start == "zero" and not self.biased(site):
             why = "bias: false" if self.bias is False else "this host has rotary embedding, so bias: auto leaves it out"
             found.append(

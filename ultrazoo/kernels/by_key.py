@@ -7,13 +7,14 @@ weights again from the log-sum-exp (Dao et al., arXiv 2205.14135; by key block a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..ops.blocks import Blocks
 from .block_map import BlockMap, row_lists
 from .door import Inputs, KernelSpec
 
@@ -32,14 +33,13 @@ class ByKeySpec(KernelSpec):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "xpu")
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     takes: ClassVar[frozenset[str]] = frozenset({"key_mask", "block_map", "lse", "unequal"})
+    needs: ClassVar[frozenset[str]] = frozenset({"block_map"})
 
     @classmethod
-    def reasons(cls, inputs: Inputs) -> list[str]:
-        found = super().reasons(inputs)
-        if inputs.block_map is None:
-            found.append("is for block maps only")
-        elif inputs.block_map.queries.largest > 1:
-            found.append(f"is for blocks of one query, they have up to {inputs.block_map.queries.largest}")
+    def never(cls, passes: Collection[str], queries: Blocks | None = None, keys: Blocks | None = None) -> list[str]:
+        found = super().never(passes, queries, keys)
+        if queries is not None and queries.largest > 1:
+            found.append(f"is for blocks of one query, they have up to {queries.largest}")
         return found
 
     @classmethod

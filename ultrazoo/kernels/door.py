@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import registry, tuned
 from ..errors import KernelError, UsageError
+from ..ops.blocks import Blocks
 from ..spec import Spec
 
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
@@ -52,6 +53,14 @@ def preference(inputs: Inputs) -> tuple[str, ...]:
     return (*measured, *(name for name in fixed if name not in measured))
 
 
+OPTIONAL = ("key_mask", "bias", "log_weight", "block_map", "threshold")
+REFUSALS = {name: f"takes no {name}" for name in OPTIONAL} | {
+    "lse": "does not return lse",
+    "unequal": "needs equal head sizes of q and v",
+}
+NEEDS = {"block_map": "is for block maps only", "threshold": "needs a threshold"}
+
+
 @dataclass(frozen=True)
 class Inputs:
     """One call, as kernels see it: q (B, heads, Lq, D), k and v (B, heads, Lk, D or Dv).
@@ -74,6 +83,13 @@ class Inputs:
         if not _tracing():
             for rule in _misfits(self):
                 raise UsageError(f"attention kernels: {rule} ({self})")
+
+    @property
+    def passes(self) -> frozenset[str]:
+        """What is given beside q, k and v, and asked for beside the output, in the words of `KernelSpec.takes`."""
+        given = {name for name in OPTIONAL if getattr(self, name) is not None}
+        asked = {"lse": self.return_lse, "unequal": self.v.shape[-1] != self.q.shape[-1]}
+        return frozenset(given | {name for name, wanted in asked.items() if wanted})
 
     @property
     def needs_grad(self) -> bool:
@@ -131,8 +147,8 @@ def _misfits(inputs: Inputs) -> Iterator[str]:
 class KernelSpec(Spec):
     """Facts of one kernel, and the kernel.
 
-    `takes` lists what it accepts beside q, k, v: ``key_mask``, ``bias``, ``log_weight``, ``block_map``, ``lse``,
-    ``unequal`` (value channels other than D). Subclasses add `absent` and `run`.
+    `takes` lists what it accepts beside q, k, v: ``key_mask``, ``bias``, ``log_weight``, ``block_map``, ``threshold``,
+    ``lse``, ``unequal`` (value channels other than D); `needs` what it cannot do without. Subclasses add `absent` and `run`.
     """
 
     kind: ClassVar[str] = "kernel"
@@ -140,6 +156,7 @@ class KernelSpec(Spec):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     head_dims: ClassVar[tuple[int, int]] = (1, 1 << 16)
     takes: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     backward: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     exportable: ClassVar[bool] = False
@@ -148,6 +165,13 @@ class KernelSpec(Spec):
     def absent(cls) -> str:
         """Why this kernel is not on this machine; empty when it is."""
         return ""
+
+    @classmethod
+    def never(cls, passes: Collection[str], queries: Blocks | None = None, keys: Blocks | None = None) -> list[str]:
+        """Why this kernel runs on no machine for a design that passes it these inputs (words of `takes`), and these blocks
+        of queries and keys where it passes a map of them; empty when it may run."""
+        found = [REFUSALS[name] for name in REFUSALS if name in passes and name not in cls.takes]
+        return found + [NEEDS[name] for name in NEEDS if name in cls.needs and name not in passes]
 
     @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:
@@ -163,13 +187,9 @@ class KernelSpec(Spec):
         low, high = cls.head_dims
         if not low <= inputs.q.shape[-1] <= high:
             found.append(f"head size {inputs.q.shape[-1]} is outside {low}-{high}")
-        for name in ("key_mask", "bias", "log_weight", "block_map", "threshold"):
-            if getattr(inputs, name) is not None and name not in cls.takes:
-                found.append(f"takes no {name}")
-        if inputs.return_lse and "lse" not in cls.takes:
-            found.append("does not return lse")
-        if inputs.v.shape[-1] != inputs.q.shape[-1] and "unequal" not in cls.takes:
-            found.append("needs equal head sizes of q and v")
+        block_map = inputs.block_map
+        blocks = (None, None) if block_map is None else (block_map.queries, block_map.keys)
+        found += cls.never(inputs.passes, *blocks)
         if inputs.needs_grad and not cls.backward:
             found.append("has no backward")
         if _tracing() and not cls.exportable:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.blocks import Blocks
 from .block_map import BlockMap
 from .door import Inputs, KernelSpec
 
@@ -23,14 +25,20 @@ TILE = 128
 
 @lru_cache(maxsize=4)
 def _package(module: str, install: str) -> tuple[Any, str]:
-    """The module, or why it cannot be used."""
-    top = module.partition(".")[0]
-    if importlib.util.find_spec(top) is None:
-        return None, f"{install.split(' ', maxsplit=1)[0]} is not installed ({install.split(' ', maxsplit=1)[1]})"
+    """The module with `flash_attn_func`, or why it cannot be used."""
+    name, how = install.split(" ", maxsplit=1)
+    missing = f"{name} is not installed ({how})"
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return None, missing
     try:
         package = importlib.import_module(module)
     except Exception as error:  # a build for another torch fails at import in many ways
+        if isinstance(error, ModuleNotFoundError) and error.name and module.startswith(error.name):
+            return None, missing
         return None, f"{module} does not import: {type(error).__name__}: {error}"
+    # version 4 brings a folder flash_attn of its own, which imports as an empty package where version 2 is not
+    if not hasattr(package, "flash_attn_func"):
+        return None, f"{missing}: {module} is there without flash_attn_func"
     if not torch.cuda.is_available():
         return None, f"{module} needs a CUDA device, this machine shows none"
     return package, ""
@@ -131,15 +139,18 @@ class FlashAttn4Spec(_Flash):
     capability: ClassVar[int] = 9
 
     @classmethod
+    def never(cls, passes: Collection[str], queries: Blocks | None = None, keys: Blocks | None = None) -> list[str]:
+        found = super().never(passes, queries, keys)
+        for which, blocks in (("query", queries), ("key", keys)):
+            if blocks is not None and (not blocks.uniform or blocks.largest != TILE):
+                found.append(f"takes {which} blocks of {TILE} tokens alone, these are of up to {blocks.largest}")
+        return found
+
+    @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:
         found = super().reasons(inputs)
-        block_map: BlockMap | None = inputs.block_map
-        if block_map is not None:
-            for which, blocks in (("query", block_map.queries), ("key", block_map.keys)):
-                if not blocks.uniform or blocks.largest != TILE:
-                    found.append(f"takes {which} blocks of {TILE} tokens alone, these are of up to {blocks.largest}")
-            if inputs.needs_grad:
-                found.append("has no backward with a block map here")
+        if inputs.block_map is not None and inputs.needs_grad:
+            found.append("has no backward with a block map here")
         return found
 
     @classmethod

@@ -52,6 +52,7 @@ class FlexSpec(KernelSpec):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     head_dims: ClassVar[tuple[int, int]] = (16, 256)
     takes: ClassVar[frozenset[str]] = frozenset({"key_mask", "log_weight", "block_map", "lse"})
+    needs: ClassVar[frozenset[str]] = frozenset({"block_map"})
     backend: ClassVar[str] = ""
 
     @classmethod
@@ -63,7 +64,7 @@ class FlexSpec(KernelSpec):
         found = super().reasons(inputs)
         block_map: BlockMap | None = inputs.block_map
         if block_map is None:
-            return [*found, "is for block maps only"]
+            return found
         if inputs.needs_grad and inputs.q.device.type == "cpu":
             found.append("has no backward on a cpu")
         if inputs.return_lse and inputs.q.device.type == "cpu":

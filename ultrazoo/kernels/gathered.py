@@ -33,13 +33,7 @@ class GatheredSpec(KernelSpec):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "xpu")
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     takes: ClassVar[frozenset[str]] = frozenset({"key_mask", "log_weight", "block_map", "lse", "unequal"})
-
-    @classmethod
-    def reasons(cls, inputs: Inputs) -> list[str]:
-        found = super().reasons(inputs)
-        if inputs.block_map is None:
-            found.append("is for block maps only")
-        return found
+    needs: ClassVar[frozenset[str]] = frozenset({"block_map"})
 
     @classmethod
     @outside_graphs

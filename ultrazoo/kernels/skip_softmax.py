@@ -31,14 +31,8 @@ class SkipSoftmaxSpec(KernelSpec):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "xpu", "meta")
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     takes: ClassVar[frozenset[str]] = frozenset({"key_mask", "log_weight", "unequal", "threshold"})
+    needs: ClassVar[frozenset[str]] = frozenset({"threshold"})
     exact: ClassVar[bool] = False
-
-    @classmethod
-    def reasons(cls, inputs: Inputs) -> list[str]:
-        found = super().reasons(inputs)
-        if inputs.threshold is None:
-            found.append("needs a threshold")
-        return found
 
     @classmethod
     @outside_graphs
