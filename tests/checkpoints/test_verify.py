@@ -14,8 +14,15 @@ import ultrazoo
 from tests.cli.program import here
 from tests.weights import layouts
 from tests.weights.models import RELEASED, tiny
+from ultrazoo.assemble import skeleton
 from ultrazoo.checkpoints.convert import convert
 from ultrazoo.checkpoints.verify import verify
+from ultrazoo.errors import WeightsError
+from ultrazoo.weights.infer import infer
+from ultrazoo.weights.match import detect, match
+from ultrazoo.weights.reader import Checkpoint
+from ultrazoo.weights.slots import slots_of
+from ultrazoo.weights.tensors import Entry
 
 HEADS = (f"backbone.heads={layouts.HEADS}",)
 
@@ -157,3 +164,26 @@ def test_our_own_directory(capsys, tmp_path):
     assert ran.code == 0
     assert "format ultrazoo" in ran.out
     assert "fits tiny (wan)" in ran.out
+
+
+def test_a_released_file_of_full_size_fits_its_recipe_by_every_name_and_shape(tmp_path, monkeypatch):
+    """The released layout of the 1.3B model, layers 3 to 26 sparse: facts of tensors, no tensors."""
+    for name, size in {"FFN": 8960, "TEXT": 4096, "TIME": 256, "CHANNELS": 16}.items():
+        monkeypatch.setattr(layouts, name, size)
+    shapes = layouts.ultragen(range(3, 27), of=30, dim=1536, rank=64)
+    entries = {key: Entry(key, shape, torch.bfloat16) for key, shape in shapes.items()}
+    checkpoint = Checkpoint(tmp_path / "released.ckpt", [], entries, {})
+    form, prefix = detect(checkpoint)
+    assert (form.name, prefix) == ("ultragen", "")
+    found = infer(checkpoint, form, prefix)
+    assert found.recipe["backbone"] == {"name": "wan", "preset": "t2v_1_3b"}
+    for source in ("ultragen_1080p_released", "ultragen_4k_released", found.recipe):
+        plan = ultrazoo.plan(source)
+        slots = {slot.name: slot.entry() for slot in slots_of(skeleton(plan)) if slot.saved}
+        fits = match(checkpoint, slots, backbone="wan", model=plan.name, whole=True)
+        assert len(fits.reused) == len(shapes) == 30 * 27 + 15 + 24 * 44
+        assert plan.totals.parameters == sum(entry.numel for entry in entries.values())
+    # the paper's own layout is another model
+    slots = {slot.name: slot.entry() for slot in slots_of(skeleton(ultrazoo.plan("ultragen_1080p"))) if slot.saved}
+    with pytest.raises(WeightsError, match="does not fit"):
+        match(checkpoint, slots, backbone="wan", model="paper", whole=True)

@@ -118,4 +118,6 @@ def show(done: Converted, seconds: float) -> None:
         before, after = done.data()["before"], done.data()["after"]
         flops = f"{units.flops(before['flops'])} → {units.flops(after['flops'])}"
         parameters = f"{units.count(before['parameters'])} → {units.count(after['parameters'])}"
-        out.echo(f"adapt: lora merged into adapt: own: forward {flops}, parameters {parameters}")
+        # often less than the digits shown: the projections are a small part of a forward
+        change = f"{100 * (after['flops'] / before['flops'] - 1):+.2g} %"
+        out.echo(f"adapt: lora merged into adapt: own: forward {flops} ({change}), parameters {parameters}")
