@@ -281,6 +281,27 @@ def test_a_pretrained_folder_of_diffusers_is_built_with_its_weights(tmp_path, na
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_diffusers_is_held_against_a_recipe(capsys, tmp_path, name):
+    made(name).save_pretrained(tmp_path / "hub")
+    backbone = {"name": "diffusers", "model": name, "config": str(tmp_path / "hub")}
+    (tmp_path / "r.yaml").write_text(json.dumps({"schema": 1, **recipe(name, DESIGN, backbone=backbone)}))
+    ran = here(capsys, "check", "--weights", tmp_path / "hub", tmp_path / "r.yaml", "--json")
+    told = json.loads(ran.out)
+    assert (ran.code, told["fits"], told["dropped"]) == (0, True, [])
+    assert told["reused"] == told["tensors"]
+    assert any(".processor.attention.fuse" in row for row in told["new"])
+    # a layer more than the recipe's model has, and one tensor fewer
+    held = {key: tensor.clone() for key, tensor in made(name).state_dict().items()}
+    lost = next(key for key in held if key.endswith("0.attn1.to_k.bias"))
+    held[lost.replace("0.attn1", "2.attn1")] = held.pop(lost)
+    save_file(held, tmp_path / "x.safetensors")
+    ran = here(capsys, "check", "--weights", tmp_path / "x.safetensors", tmp_path / "r.yaml")
+    assert ran.code == 3
+    assert f"missing     {lost}" in ran.out
+    assert f"unexpected  {lost.replace('0.attn1', '2.attn1')}" in ran.out
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_changed_model_is_saved_whole(tmp_path, name):
     model = trained(name)
     ultrazoo.save(model, tmp_path / "d")
