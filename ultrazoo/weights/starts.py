@@ -83,7 +83,7 @@ def _copied(model: nn.Module, path: str, source: str, full: str, shape: torch.Si
     linear = getattr(host, name)
     linear = linear[0] if isinstance(linear, nn.ModuleList) else linear
     why = f"the start of {full} as its copy (adapt: shared and lora read no weights)"
-    with _present(linear, f"{at}.{name}", why):
+    with _present(model, linear, f"{at}.{name}", why):
         require_plain(linear, f"{at}.{name}", why)
         found = getattr(linear, part)
         if found is None:
@@ -97,12 +97,11 @@ def _copied(model: nn.Module, path: str, source: str, full: str, shape: torch.Si
 
 
 @contextlib.contextmanager
-def _present(linear: nn.Module, path: str, why: str) -> Iterator[None]:
+def _present(model: nn.Module, linear: nn.Module, path: str, why: str) -> Iterator[None]:
     """`linear` with its parameters in memory, wherever accelerate or diffusers keep them. Raises UsageError for a disk that
     diffusers alone reads."""
-    for group in _groups(linear):
-        if getattr(group, "offload_to_disk_path", None) is not None:
-            raise UsageError(f"{path} is offloaded to disk: {why} needs its numbers; apply before enable_group_offload")
+    if any(getattr(group, "offload_to_disk_path", None) is not None for group in _groups(model)):
+        raise UsageError(f"{path} is offloaded to disk: {why} needs its numbers; apply before enable_group_offload")
     if hasattr(linear, "_hf_hook"):
         from accelerate.utils import align_module_device
 
@@ -112,21 +111,19 @@ def _present(linear: nn.Module, path: str, why: str) -> Iterator[None]:
         yield
 
 
-def _groups(module: nn.Module) -> list[Any]:
-    """The groups of diffusers' group offloading that `module` itself leads."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    return [hook.group for hook in hooks.values() if hasattr(hook, "group")]
+def _groups(model: nn.Module) -> list[Any]:
+    """The groups of diffusers' group offloading inside `model`."""
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
+    return [hook.group for hook in hooks if hasattr(hook, "group")]
 
 
 def _refuse_streams(model: nn.Module) -> None:
     """Raise UsageError where group offloading by streams moves whole blocks: it copies only parameters it saw at its start."""
-    for module in model.modules():
-        for group in _groups(module):
-            inside = (one for held in group.modules for one in held.modules())
-            if group.stream is not None and any(
-                isinstance(one, Attention) and list(one.parameters()) for one in inside
-            ):
-                raise UsageError(
-                    "this model is offloaded in groups by streams, which know only the parameters they began with; "
-                    "apply first, then enable_group_offload, or use offload_type='leaf_level'"
-                )
+    for group in _groups(model):
+        inside = (one for held in group.modules for one in held.modules())
+        if group.stream is not None and any(isinstance(one, Attention) and list(one.parameters()) for one in inside):
+            raise UsageError(
+                "this model is offloaded in groups by streams, which know only the parameters they began with; "
+                "apply first, then enable_group_offload, or use offload_type='leaf_level'"
+            )

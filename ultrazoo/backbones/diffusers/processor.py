@@ -103,13 +103,28 @@ class Processor(nn.Module):
         return attention.spec.name == "original"
 
     def _follow(self, x: Tensor) -> None:
-        """Offloading moves modules it knew when it was set up; ours came later, so they follow the data."""
-        own = next(self.attention.parameters(), None)
-        if own is None or own.device == x.device or torch.compiler.is_compiling():
+        """Offloading moves modules it knew when it was set up; ours may have come later, so they follow the data.
+
+        Raises UsageError for parameters that were never loaded.
+        """
+        if torch.compiler.is_compiling():
             return
-        # on the meta device they belong to hooks that were set up later than they, and bring them at each call
-        if not own.is_meta:
-            self.attention.to(x.device)
+        devices = {parameter.device for parameter in self.attention.parameters()}
+        if devices <= {x.device}:
+            return
+        if torch.device("meta") in devices:
+            self._stay()
+        self.attention.to(x.device)
+
+    def _stay(self) -> None:
+        """Take the attention out of accelerate's offloading, which shows a module its own parameters during its own
+        forward alone; a design reads those of its parts too."""
+        if any(hasattr(module, "_hf_hook") for module in self.attention.modules()):
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(self.attention, recurse=True)
+        if any(parameter.is_meta for parameter in self.attention.parameters()):
+            raise UsageError(f"layer {self.layer}: parameters of {self.attention.spec.name} are on the meta device")
 
     # what diffusers sets on every processor it finds
 
