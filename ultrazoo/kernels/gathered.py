@@ -1,7 +1,8 @@
-"""Block-sparse attention without a compiler: the key blocks of some query blocks are gathered, then plain matmuls.
+"""Block-sparse attention without a compiler: the key blocks of some query blocks are gathered, then dense attention.
 
-Query blocks are handled in groups of similar list length and bounded memory; the backward gathers again. Softmax over the
-lists in fp32 or wider (Dao et al., arXiv 2205.14135, for the backward from the log-sum-exp).
+Query blocks are handled in groups of similar list length and bounded memory; the backward gathers again. The dense part is
+torch's fused operator on a CPU, plain matmuls elsewhere: its GPU forms give no log-sum-exp together with a mask. Softmax over
+the lists in fp32 or wider (Dao et al., arXiv 2205.14135, for the backward from the log-sum-exp).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from ..ops.graphs import outside_graphs
 from .block_map import BlockMap, RowLists, row_lists
 from .door import Inputs, KernelSpec
 
-GROUP_BYTES = {"cpu": 3 << 20, "cuda": 1 << 29}
-"""Bytes of gathered keys, values and scores per group, per kind of device; on a CPU what its caches hold."""
+GROUP_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
+"""Bytes of gathered keys, values and scores per group, per kind of device; never more than all keys and values take."""
 SPREAD = 1.15
 """Lists in one group differ in length by at most this factor: shorter ones are filled and masked."""
 
@@ -82,7 +83,7 @@ def _groups(block_map: BlockMap, k: Tensor, v: Tensor, query_slots: int) -> Iter
     """Every row with a list, in groups of bounded memory; rows without any key block are left out."""
     batch, heads, _, slots, dim = k.shape
     per_key = slots * (dim + v.shape[-1] + query_slots) * max(4, k.element_size())
-    most = GROUP_BYTES.get(k.device.type, 1 << 28)
+    most = min(GROUP_BYTES.get(k.device.type, 1 << 28), k.nbytes + v.nbytes)
     for lo, hi in block_map.chunks():
         lists = row_lists(block_map.rows(lo, hi), batch, heads)
         order = lists.counts.argsort(descending=True, stable=True)
@@ -116,10 +117,10 @@ class _Flat:
         outer = group.batch * self.heads + group.head
         return (outer[:, None] * self.count + group.key_blocks).flatten()
 
-    def keys(self, group: _Group, flat: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    def keys(self, group: _Group, flat: Tensor) -> tuple[Tensor, Tensor]:
         """k and v of the group: (rows, width * slots, D)."""
         rows = group.key_blocks.shape[0]
-        k, v = (z.index_select(0, flat).reshape(rows, -1, z.shape[-1]).to(wide) for z in (self.k, self.v))
+        k, v = (z.index_select(0, flat).view(rows, -1, z.shape[-1]) for z in (self.k, self.v))
         return k, v
 
     def bias_of(self, group: _Group) -> Tensor | None:
@@ -129,7 +130,8 @@ class _Flat:
         slots = self.k.shape[1]
         if self.bias is None:
             assert group.real is not None
-            zeros = torch.zeros(group.real.shape, device=self.k.device)
+            wide = torch.promote_types(self.k.dtype, torch.float32)
+            zeros = torch.zeros(group.real.shape, device=self.k.device, dtype=wide)
             masked = zeros.masked_fill(~group.real, float("-inf"))
             return masked.repeat_interleave(slots, dim=1).unsqueeze(1)
         head = group.head if self.bias.shape[1] > 1 else torch.zeros_like(group.head)
@@ -137,6 +139,23 @@ class _Flat:
         if group.real is not None:
             bias = bias.masked_fill(~group.real[..., None], float("-inf"))
         return bias.flatten(1).unsqueeze(1)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q (rows, m, D) over k, v (rows, n, D) with `added` (rows, 1, n) in the scores: output, lse (rows, m)."""
+    if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
+        mask = None if added is None else added.unsqueeze(1)
+        streams = (z.unsqueeze(1) for z in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *streams, 0.0, False, attn_mask=mask, scale=scale
+        )
+        out, lse = out.squeeze(1), lse.squeeze(1)
+        # the operator says 0 where no key counts
+        return out, lse if added is None else lse.masked_fill((added == float("-inf")).all(-1), float("-inf"))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q.to(wide).mul_(scale), k.to(wide).transpose(1, 2))
+    weights, total, norm = _softmax(scores if added is None else scores.add_(added))
+    return torch.bmm(weights, v.to(wide)).div_(total), norm.squeeze(-1)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,14 +179,10 @@ class _Gathered(torch.autograd.Function):
         lse = torch.full(q.shape[:4], float("-inf"), device=q.device, dtype=wide)
         flat = _Flat(k, v, bias)
         for group in _groups(block_map, k, v, q.shape[3]):
-            keys, values = flat.keys(group, flat.rows(group), wide)
-            queries = q[group.batch, group.head, group.block].to(wide).mul_(scale)
-            scores = torch.bmm(queries, keys.transpose(1, 2))
-            added = flat.bias_of(group)
-            weights, total, norm = _softmax(scores if added is None else scores.add_(added))
-            found = torch.bmm(weights, values).div_(total)
-            out[group.batch, group.head, group.block] = found.to(out.dtype)
-            lse[group.batch, group.head, group.block] = norm.squeeze(-1)
+            place = (group.batch, group.head, group.block)
+            found, norm = _dense(q[place], *flat.keys(group, flat.rows(group)), flat.bias_of(group), scale)
+            out[place] = found.to(out.dtype)
+            lse[place] = norm
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.block_map, ctx.scale = block_map, scale
         return out, lse
@@ -183,7 +198,7 @@ class _Gathered(torch.autograd.Function):
         flat = _Flat(k, v, bias)
         for group in _groups(ctx.block_map, k, v, q.shape[3]):
             at = flat.rows(group)
-            keys, values = flat.keys(group, at, wide)
+            keys, values = (z.to(wide) for z in flat.keys(group, at))
             place = (group.batch, group.head, group.block)
             queries, g_out, norm = q[place].to(wide), grad_out[place].to(wide), lse[place].unsqueeze(-1)
             scores = torch.bmm(queries * ctx.scale, keys.transpose(1, 2))
