@@ -195,6 +195,8 @@ def test_other_refusals(tmp_path):
         ultrazoo.apply(made(name), {**recipe(name, DESIGN), **weights(tmp_path / "new", format="wan")})
     with pytest.raises(WeightsError, match="no such file"):
         ultrazoo.apply(made(name), {**recipe(name, DESIGN), **weights(tmp_path / "absent")})
+    with pytest.raises(UsageError, match="is on the meta device and cannot take the weights"):
+        ultrazoo.apply(made(name).to("meta"), {**recipe(name, DESIGN), **given})
     plain = made(name)
     ultrazoo.apply(plain, recipe(name, "full"))
     for source, words in (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..errors import WeightsError, listed
+from ..errors import UsageError, WeightsError, listed
 from .match import INSIDE, Match, match
 from .meaning import require_same_meaning
 from .reader import Checkpoint, open_checkpoint
@@ -69,10 +69,13 @@ def match_new(plan: Plan, model: nn.Module, checkpoint: Checkpoint, layout: str 
 def load_new(plan: Plan, model: nn.Module, path: Path, layout: str = "auto") -> Match:
     """Put the new parameters at `path` into `model`, in the types and on the devices that it has; all or none.
 
-    Raises WeightsError with a table when they are not exactly those of the design.
+    Raises WeightsError with a table when they are not exactly those of the design, UsageError for a model without memory.
     """
     with open_checkpoint(path) as checkpoint, torch.no_grad():
         found = match_new(plan, model, checkpoint, layout)
-        for slot in new_slots(model):
+        slots = new_slots(model)
+        if any(slot.get().is_meta for slot in slots):
+            raise UsageError(f"this model is on the meta device and cannot take the weights of {path}; load it first")
+        for slot in slots:
             slot.get().copy_(checkpoint.tensor(found.reused[slot.name]))
     return found
