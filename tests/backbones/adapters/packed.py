@@ -90,3 +90,88 @@ ROWS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+def ltx2_bounds(grid: Grid, first: float = 0.0, frames: int | None = None) -> Tensor:
+    """Bounds of a clip's patches in seconds and pixels, (n, 3, 2); its first frame at `first` seconds."""
+    length = grid.t if frames is None else frames
+    edges = [((torch.arange(length) + i) * 8.0 - 7).clamp(min=0) / 24 + first for i in (0, 1)]
+    sides = [[(torch.arange(n) + i) * 32.0 for n in (grid.h, grid.w)] for i in (0, 1)]
+    return torch.stack([places(edges[i], *sides[i]) for i in (0, 1)], dim=-1)
+
+
+def with_bounds(arguments: dict[str, Any], grid: Grid, bounds: Tensor) -> dict[str, Any]:
+    x = arguments["hidden_states"]
+    more = torch.randn(2, bounds.shape[0] - x.shape[1], x.shape[2])
+    coords = bounds.transpose(0, 1).expand(2, -1, -1, -1)
+    return {**arguments, "hidden_states": torch.cat([x, more], dim=1), "video_coords": coords}
+
+
+def keyframe_last(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """A keyframe that lasts one picture, after the clip in the sequence and in time; a noise level for every row."""
+    last = (8 * (grid.t - 1)) / 24
+    found = with_bounds(arguments, grid, torch.cat([ltx2_bounds(grid), ltx2_bounds(grid, last, 1)]))
+    levels = torch.full(found["hidden_states"].shape[:2], 700.0)
+    levels[:, grid.tokens :] = 50.0
+    return {**found, "timestep": levels, "audio_timestep": torch.full((2,), 300.0)}
+
+
+def sizes_unsaid(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return {**keyframe_last(arguments, grid), "num_frames": None, "height": None, "width": None}
+
+
+def hidden_rows(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Some tokens of the clip and some of the keyframe are seen by nobody."""
+    found = keyframe_last(arguments, grid)
+    rows = found["hidden_states"].shape[1]
+    mask = torch.ones(2, rows, rows)
+    mask[1, :, 3:9] = 0
+    mask[1, :, -4:] = 0
+    return {**found, "video_self_attention_mask": mask}
+
+
+def perturbed(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return {**keyframe_last(arguments, grid), "spatio_temporal_guidance_blocks": [1]}
+
+
+def perturbed_in_part(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return {**perturbed(arguments, grid), "perturbation_mask": torch.tensor([0.0, 1.0])}
+
+
+def apart(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    return {**arguments, "isolate_modalities": True}
+
+
+ROWS["LTX2VideoTransformer3DModel"] = {
+    # as LTX-2.3
+    "settings": {
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "audio_in_channels": 6,
+        "audio_out_channels": 6,
+        "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 8,
+        "audio_cross_attention_dim": 16,
+        "caption_channels": 12,
+        "num_layers": 2,
+        "rope_type": "split",
+        "gated_attn": True,
+        "cross_attn_mod": True,
+        "audio_gated_attn": True,
+        "audio_cross_attn_mod": True,
+        "perturbed_attn": True,
+    },
+    "variants": {
+        "plain": as_it_is,
+        "masked": masked_prompt,
+        "keyframe": keyframe_last,
+        "sizes unsaid": sizes_unsaid,
+        "hidden rows": hidden_rows,
+        "perturbed": perturbed,
+        "perturbed in part": perturbed_in_part,
+        "apart": apart,
+    },
+}

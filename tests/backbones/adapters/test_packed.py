@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -10,13 +11,21 @@ import torch
 import ultrazoo
 from tests.backbones.adapters.packed import by_coordinates, ltx_places, places
 from tests.backbones.adapters.test_parity import recipe, run, worst
-from tests.backbones.adapters.tiny import arguments, made
+from tests.backbones.adapters.tiny import TINY, arguments, made
 from ultrazoo.attention.contract import grid_positions
+from ultrazoo.backbones.diffusers import adapter_named
 from ultrazoo.backbones.diffusers.packed import rasters
+from ultrazoo.backbones.diffusers.spec import _defaults, diffusers_class
 from ultrazoo.errors import UsageError
 from ultrazoo.grid import Grid
 
 LTX = "LTXVideoTransformer3DModel"
+LTX2 = "LTX2VideoTransformer3DModel"
+
+
+def _signature(name: str) -> dict[str, object]:
+    """Defaults of the arguments of a forward."""
+    return {k: p.default for k, p in inspect.signature(diffusers_class(name).forward).parameters.items()}
 
 
 def axis(*values: float) -> torch.Tensor:
@@ -117,3 +126,77 @@ def test_rows_that_are_no_grid_are_refused():
         due = run(model, given)
         ultrazoo.apply(model, recipe(LTX, "full"))
         assert worst(run(model, given), due) <= 1e-5
+
+
+OLD = {
+    "rope_type": "interleaved",
+    "gated_attn": False,
+    "cross_attn_mod": False,
+    "audio_gated_attn": False,
+    "audio_cross_attn_mod": False,
+    "perturbed_attn": False,
+}
+
+
+@pytest.mark.parametrize("variant", ["plain", "keyframe", "hidden rows"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        OLD,
+        {"gated_attn": False},
+        {"perturbed_attn": False},
+        {"rope_type": "interleaved", "attention_head_dim": 20, "cross_attention_dim": 40},
+        {"rope_double_precision": False, "rope_theta": 500.0, "causal_offset": 0},
+        {"patch_size": 2, "patch_size_t": 2, "vae_scale_factors": (4, 16, 16), "timestep_scale_multiplier": 500},
+        {"use_prompt_adaln_single": False, "use_keyframes_abs_pos_embedding": True, "use_prompt_embeddings": False},
+    ],
+    ids=["LTX-2.0", "no gates", "not perturbed", "left over channels", "fp32", "patches", "LTX-2.5"],
+)
+def test_every_generation_of_ltx2_is_the_same_model(changes, variant):
+    model = made(LTX2, **changes)
+    given = arguments(LTX2, variant, (3, 5, 7), **changes)
+    if "patch_size" in changes and variant != "plain":
+        # bounds of patches of 2 differ from those that the variant makes, so they alone say the grid
+        given |= {"num_frames": None, "height": None, "width": None}
+    with torch.no_grad():
+        due = run(model, given)
+        ultrazoo.apply(model, recipe(LTX2, "full"))
+        assert worst(run(model, given), due) <= 1e-5
+
+
+def test_timesteps_of_the_grid_are_on_one_scale():
+    changes = {"timestep_scale_multiplier": 500}
+    for given in (arguments(LTX2, "keyframe", (2, 4, 6)), arguments(LTX2, "plain", (2, 4, 6))):
+        settings = {**_defaults(LTX2), **TINY[LTX2].settings, **changes}
+        frame = adapter_named(LTX2).frame(settings, {**_signature(LTX2), **given})
+        assert frame.timestep.shape in ((2,), (2, 48))
+        assert torch.equal(frame.timestep.flatten(), given["timestep"].reshape(2, -1)[:, :48].flatten() * 2)
+
+
+def test_masks_between_tokens_are_refused_and_kept_by_the_models_own_attention():
+    model = made(LTX2)
+    given = arguments(LTX2, "keyframe", (2, 4, 6))
+    mask = torch.ones(2, 72, 72)
+    mask[:, 48:, :48] = 0
+    masked = {**given, "video_self_attention_mask": mask}
+    with torch.no_grad():
+        due = run(model, masked)
+        ultrazoo.apply(model, recipe(LTX2, "original"))
+        assert worst(run(model, masked), due) == 0
+        ultrazoo.remove(model)
+        ultrazoo.apply(model, recipe(LTX2, "full"))
+        for wrong in (mask, torch.full((2, 72, 72), 0.5)):
+            with pytest.raises(UsageError, match="differs between queries, or weakens"):
+                model(**{**given, "video_self_attention_mask": wrong})
+        whole = {**given, "video_self_attention_mask": torch.ones(2, 72, 72)}
+        assert worst(run(model, whole), run(model, given)) == 0
+
+
+def test_coordinates_of_another_grid_are_refused():
+    model = made(LTX2)
+    ultrazoo.apply(model, recipe(LTX2, "full"))
+    given = arguments(LTX2, "keyframe", (2, 4, 6))
+    with pytest.raises(UsageError, match="first 48 rows of video_coords are not the grid"):
+        model(**{**given, "height": 6, "width": 4})
+    with pytest.raises(UsageError, match="give num_frames"):
+        model(**{**given, "video_coords": None, "height": None})

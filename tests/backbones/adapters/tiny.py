@@ -237,10 +237,13 @@ TINY |= {name: Tiny(**row) for name, row in JOINT.items()}
 CASES = [(name, variant) for name, row in TINY.items() for variant in row.variants]
 
 
-def made(name: str, seed: int = 0) -> nn.Module:
-    """A tiny model with every parameter random, so that no gate or output is zero and attention is peaked."""
+def made(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A tiny model with every parameter random, so that no gate or output is zero and attention is peaked.
+
+    `changes`: other settings than the row's.
+    """
     torch.manual_seed(seed)
-    model: nn.Module = getattr(diffusers, name)(**TINY[name].settings)
+    model: nn.Module = getattr(diffusers, name)(**{**TINY[name].settings, **changes})
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -250,10 +253,10 @@ def made(name: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def arguments(name: str, variant: str, grid: tuple[int, int, int], seed: int = 1) -> dict[str, Any]:
+def arguments(name: str, variant: str, grid: tuple[int, int, int], seed: int = 1, **changes: Any) -> dict[str, Any]:
     """Arguments of a forward over `grid`, batch 2."""
     torch.manual_seed(seed)
-    model_settings = {**_defaults(name), **TINY[name].settings}
+    model_settings = {**_defaults(name), **TINY[name].settings, **changes}
     found = adapter_named(name).inputs(model_settings, Grid(*grid), 2, TINY[name].text, torch.randn)
     return TINY[name].variants[variant](found, Grid(*grid))
 

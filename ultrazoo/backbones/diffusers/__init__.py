@@ -14,6 +14,7 @@ ADAPTERS = {
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15:HunyuanVideo15Adapter",
     "HunyuanVideoTransformer3DModel": "hunyuan_video:HunyuanVideoAdapter",
     "Kandinsky6Transformer3DModel": "kandinsky6:Kandinsky6Adapter",
+    "LTX2VideoTransformer3DModel": "ltx2:LTX2VideoAdapter",
     "LTXVideoTransformer3DModel": "ltx:LTXVideoAdapter",
     "PixArtTransformer2DModel": "pixart:PixArtAdapter",
     "QwenImageTransformer2DModel": "qwen_image:QwenImageAdapter",

@@ -7,6 +7,7 @@ video is one run of it; conditions, references, text and audio lie before and af
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,18 +96,20 @@ class Raster(NamedTuple):
 
 
 class _Picture(NamedTuple):
-    """Rows of one time that fill rows and columns."""
+    """Rows of one time that fill rows and columns, and how long they last, where that is known."""
 
     start: int
     t: float
     h: Tensor
     w: Tensor
+    lasts: float = 0.0
 
 
-def rasters(coordinates: Tensor) -> list[Raster]:
+def rasters(coordinates: Tensor, lasting: Tensor | None = None) -> list[Raster]:
     """Every longest run of frames of one shape at rising times, among rows at (t, h, w): (n, 3) → in order.
 
-    A frame ends where the time changes or rows start over. Rows that are no frame are in no run.
+    A frame ends where the time changes or rows start over. `lasting` (n,): how long each row's frame lasts; all frames of
+    a run last as long as one another, but for the first. Rows that are no frame are in no run.
     """
     at = coordinates.detach().to("cpu", torch.float64)
     step = at[1:] - at[:-1]
@@ -116,7 +119,9 @@ def rasters(coordinates: Tensor) -> list[Raster]:
     last: _Picture | None = None
     for first, end in itertools.pairwise(edges):
         picture = _picture(at, first, end)
-        if picture is not None and last is not None and _follows(picture, last):
+        if picture is not None and lasting is not None:
+            picture = picture._replace(lasts=float(lasting[first]))
+        if picture is not None and last is not None and _follows(picture, last, found[-1]):
             found[-1].append(picture)
         elif picture is not None:
             found.append([picture])
@@ -142,8 +147,10 @@ def _picture(at: Tensor, first: int, end: int) -> _Picture | None:
     return _Picture(first, float(rows[0, 0]), h[:, 0], w[0])
 
 
-def _follows(one: _Picture, before: _Picture) -> bool:
-    return one.t > before.t and torch.equal(one.h, before.h) and torch.equal(one.w, before.w)
+def _follows(one: _Picture, before: _Picture, run: list[_Picture]) -> bool:
+    # a causal VAE's first frame stands for one picture, the others for several; seconds are rounded
+    alike = len(run) == 1 or math.isclose(one.lasts, before.lasts, rel_tol=1e-2)
+    return alike and one.t > before.t and torch.equal(one.h, before.h) and torch.equal(one.w, before.w)
 
 
 def shared(coordinates: Tensor, model: str) -> Tensor:
