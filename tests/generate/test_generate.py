@@ -16,7 +16,8 @@ from ultrazoo.generate import media
 from ultrazoo.generate.families import BY_PIPELINE, Request
 from ultrazoo.generate.latents import Latents
 from ultrazoo.generate.media import pixels, read_note
-from ultrazoo.generate.run import Wanted, generate, resume
+from ultrazoo.generate.run import generate, resume
+from ultrazoo.generate.wanted import Wanted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -150,8 +151,8 @@ def test_decoding_goes_on_from_saved_latents(folder, tmp_path, monkeypatch):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ultrazoo.generate.run._through", fails)
-        with pytest.raises(MemoryError):
+        patch.setattr("ultrazoo.generate.decoding.through", fails)
+        with pytest.raises(OutputError, match=r"go on in tiles with: .*--from-latents"):
             generate(recipe(folder, FULL), folder, wanted(tmp_path, folder), say=quiet)
     first = wanted(tmp_path, folder)
     assert first.saved.is_file()

@@ -28,16 +28,20 @@ def command(
     pipeline: Path = typer.Option(..., "--pipeline", help="Folder of a diffusers pipeline. Nothing is downloaded."),
     output: Path = typer.Option(..., "-o", "--output", help="File to write: .mp4 or .png, as the pipeline makes."),
     prompt: str = typer.Option("", "--prompt", help="What to make."),
+    prompt_file: Path | None = typer.Option(None, "--prompt-file", help="The prompt as a text file, UTF-8."),
     negative: str | None = typer.Option(None, "--negative-prompt", help="What to keep away from."),
     size: str | None = typer.Option(None, "--size", help="Pixels, as 832x480; the recipe's unless given."),
     frames: int | None = typer.Option(None, "--frames", help="Frames; the recipe's unless given.", min=1),
     steps: int | None = typer.Option(None, "--steps", help="Denoising steps; the recipe's unless given.", min=1),
     guidance: float | None = typer.Option(None, "--guidance", help="Guidance scale; the recipe's unless given.", min=0),
-    seed: int = typer.Option(0, "--seed", help="Of the noise, drawn on the CPU: the same on every device.", min=0),
+    seed: int | None = typer.Option(
+        None, "--seed", help="Of the noise, drawn on the CPU: the same on every device. 0 unless given.", min=0
+    ),
     fps: float | None = typer.Option(None, "--fps", help="Frames per second of the file; the model's unless given."),
     device: str = typer.Option("cpu", "--device", help="cpu, cuda, cuda:1 …"),
     dtype: str | None = typer.Option(None, "--dtype", help=f"{', '.join(DTYPES)}; the recipe's unless given."),
     tile: str = typer.Option("auto", "--tile", help="Decode in tiles: auto (when memory asks for it), on, off."),
+    offload: bool = typer.Option(False, "--offload", help="Keep on the GPU only the model that is at work."),
     latents: Path | None = typer.Option(
         None, "--latents", help="Where latents are saved; beside the output unless given."
     ),
@@ -48,12 +52,17 @@ def command(
     """Make an image or a video.
 
     Latents are saved before they are decoded, so that a failed decoding loses nothing: --from-latents goes on from there.
+    A recipe, size, prompt or seed given beside --from-latents must be the one that they were sampled with.
     """
     _require(dtype, DTYPES, "--dtype")
     _require(tile, TILES, "--tile")
     width, height = _size(size)
-    from ..generate import run
+    from ..generate import before, run
 
+    if prompt_file is not None:
+        if prompt:
+            raise UsageError("give either --prompt or --prompt-file, not both")
+        prompt = before.prompt_in(prompt_file)
     wanted = run.Wanted(
         prompt=prompt,
         out=output,
@@ -70,14 +79,15 @@ def command(
         tile=tile,
         latents=latents,
         force=force,
+        offload=offload,
     )
-    if from_latents is not None:
-        if arguments:
-            raise UsageError(f"--from-latents samples nothing, so it takes no recipe; got {arguments[0]!r}")
-        made = run.resume(pipeline, from_latents, wanted, say=out.note)
-    else:
+    recipe, overrides = None, []
+    if arguments or from_latents is None:
         (recipe,), overrides = common.split(arguments or [], verb="generate")
+    if from_latents is None:
         made = run.generate(recipe, pipeline, wanted, *overrides, say=out.note, bars=sys.stderr.isatty())
+    else:
+        made = run.resume(pipeline, from_latents, wanted, *overrides, source=recipe, say=out.note)
     _show(made, json)
 
 
@@ -119,6 +129,10 @@ def _device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device here")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise UsageError("--device cuda: torch finds no CUDA device here")
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
     return name

@@ -25,6 +25,8 @@ class Request:
 
 Arguments = Callable[[Request], dict[str, Any]]
 Picked = Callable[[Any], Any]
+Settings = Mapping[str, Any]
+Strides = Callable[[Settings], "tuple[int | None, int, int] | None"]
 
 
 def _same(decoded: Any) -> Any:
@@ -45,7 +47,8 @@ def _images(pipeline: Any, decoded: Any) -> Any:
 class Family:
     """Pipelines of one model: `pipelines` by class name, the model class inside, and how they are called.
 
-    `picked` takes what the pipeline takes of the VAE's output. `audio`: whether an audio VAE decodes after the video's.
+    `strides` reads the VAE's over (T, H, W) in its settings, None where they do not say and for the frames of images. `picked` takes what the pipeline
+    takes of the VAE's output. `audio`: whether an audio VAE decodes after the video's.
     `guider`: the guidance scale belongs to a guider component. `channels`: of the VAE decoder's widest full-resolution
     layer, `frames_at_once`: whether it decodes all frames together, `doubled`: whether guidance doubles the batch of one
     forward; all three for the memory estimate.
@@ -56,6 +59,7 @@ class Family:
     model: str
     kind: Literal["video", "image"]
     arguments: Arguments
+    strides: Strides
     fps: float = 16.0
     picked: Picked = _same
     audio: bool = False
@@ -121,6 +125,28 @@ def _h3(request: Request) -> dict[str, Any]:
     return found
 
 
+def _wan_vae(vae: Settings) -> tuple[int, int, int]:
+    side = int(vae.get("scale_factor_spatial", 8))
+    return int(vae.get("scale_factor_temporal", 4)), side, side
+
+
+def _ratios(vae: Settings) -> tuple[int, int, int] | None:
+    found = vae.get("temporal_compression_ratio"), vae.get("spatial_compression_ratio")
+    return None if None in found else (int(found[0]), int(found[1]), int(found[1]))  # type: ignore[arg-type]
+
+
+def _halvings(name: str) -> Strides:
+    """An image VAE that halves both sides between the entries of its setting `name`, or once for each."""
+
+    def strides(vae: Settings) -> tuple[None, int, int] | None:
+        if name not in vae:
+            return None
+        side = 2 ** (len(vae[name]) - (name == "block_out_channels"))
+        return None, side, side
+
+    return strides
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         "wan",
@@ -128,11 +154,20 @@ FAMILIES: tuple[Family, ...] = (
         "WanTransformer3DModel",
         "video",
         _guided(_video),
+        _wan_vae,
         channels=96,
         frames_at_once=False,
     ),
     Family(
-        "ltx2", ("LTX2Pipeline",), "LTX2VideoTransformer3DModel", "video", _ltx2, fps=24.0, audio=True, doubled=True
+        "ltx2",
+        ("LTX2Pipeline",),
+        "LTX2VideoTransformer3DModel",
+        "video",
+        _ltx2,
+        _ratios,
+        fps=24.0,
+        audio=True,
+        doubled=True,
     ),
     Family(
         "hunyuan_video15",
@@ -140,6 +175,7 @@ FAMILIES: tuple[Family, ...] = (
         "HunyuanVideo15Transformer3DModel",
         "video",
         _video,
+        _ratios,
         fps=24.0,
         guider=True,
     ),
@@ -149,16 +185,25 @@ FAMILIES: tuple[Family, ...] = (
         "MiniMaxH3Transformer3DModel",
         "video",
         _h3,
+        _ratios,
         fps=24.0,
         audio=True,
     ),
-    Family("flux2", ("Flux2Pipeline", "Flux2KleinPipeline"), "Flux2Transformer2DModel", "image", _guided(_image)),
+    Family(
+        "flux2",
+        ("Flux2Pipeline", "Flux2KleinPipeline"),
+        "Flux2Transformer2DModel",
+        "image",
+        _guided(_image),
+        _halvings("block_out_channels"),
+    ),
     Family(
         "qwen_image",
         ("QwenImagePipeline",),
         "QwenImageTransformer2DModel",
         "image",
         _qwen,
+        _halvings("temperal_downsample"),
         picked=lambda decoded: decoded[:, :, 0],
         channels=96,
     ),
@@ -168,6 +213,7 @@ FAMILIES: tuple[Family, ...] = (
         "PixArtTransformer2DModel",
         "image",
         _pixart,
+        _halvings("block_out_channels"),
         doubled=True,
     ),
 )

@@ -19,11 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, listed
 from ..weights.disk import check_space, disk_errors, write_bytes
 from ..weights.staging import staged_file
 
 FORMAT = "ultrazoo latents 1"
+FACTS = (
+    *("pipeline", "vae", "recipe", "recipe_hash", "seed", "prompt", "negative_prompt"),
+    *("width", "height", "frames", "steps", "guidance", "dtype"),
+)
+"""What latents say of themselves, all of it."""
 
 
 class Sampled(Exception):
@@ -70,12 +75,20 @@ class Latents:
             raise UsageError(f"{path} cannot be read as saved latents: {error}") from error
         if notes.get("format") != FORMAT:
             raise UsageError(f"{path} holds no latents of ultrazoo generate (format {notes.get('format')!r})")
-        values: dict[str, Any] = {**tensors, **json.loads(notes["plain"])}
-        groups = {
-            group: tuple(values[name] for name in sorted(values, key=_index) if name.startswith(f"{group}."))
-            for group in ("video", "audio")
-        }
-        return Latents(groups["video"], groups["audio"] or None, json.loads(notes["facts"]))
+        try:
+            values: dict[str, Any] = {**tensors, **json.loads(notes["plain"])}
+            facts = json.loads(notes["facts"])
+            lacking = [key for key in FACTS if key not in facts]
+            groups = {
+                group: tuple(values[name] for name in sorted(values, key=_index) if name.startswith(f"{group}."))
+                for group in ("video", "audio")
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} is damaged: its notes cannot be read ({error})") from error
+        if lacking or not groups["video"] or not isinstance(groups["video"][0], Tensor):
+            what = f"its notes lack {listed(lacking)}" if lacking else "it holds no latents of pictures"
+            raise UsageError(f"{path} is damaged: {what}")
+        return Latents(groups["video"], groups["audio"] or None, facts)
 
 
 def _index(name: str) -> int:

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import torch
 
+from .. import inplace
 from ..errors import UsageError
 from ..weights.disk import human
+from .decoding import KEPT
 from .families import Family, Request
 
+TRANSFORMERS = inplace.COMPONENTS
 ACTIVATIONS = 4
 CAUSAL_FRAMES = 4
 TILE_PX = 256
@@ -25,13 +28,17 @@ TILE_FRAMES = 16
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one run, stage by stage; `free` is what the device has for it, None where that is not known."""
+    """Bytes of one run, stage by stage; `free` is what the device has for it, None where that is not known.
+
+    `transformer`, `decode` and `decode_tiled` are activations. `offloaded`: one component at a time is on the device.
+    """
 
     weights: Mapping[str, int]
     transformer: int
     decode: int
     decode_tiled: int
     free: int | None
+    offloaded: bool = False
 
     @property
     def held(self) -> int:
@@ -40,14 +47,23 @@ class Estimate:
 
     @property
     def sampling(self) -> int:
-        return self.held + self.transformer
+        if not self.offloaded:
+            return self.held + self.transformer
+        needs = {name: size + (self.transformer if name in TRANSFORMERS else 0) for name, size in self.weights.items()}
+        return max(needs.values(), default=0)
+
+    @property
+    def decoders(self) -> int:
+        """Weights that are left when decoding begins."""
+        return sum(size for name, size in self.weights.items() if name in KEPT)
 
     def lines(self) -> list[str]:
         parts = ", ".join(f"{name} {human(size)}" for name, size in self.weights.items())
+        weights = "weights of one component at a time" if self.offloaded else "weights"
         return [
             f"weights {human(self.held)} ({parts})",
-            f"sampling {human(self.sampling)}: weights and {human(self.transformer)} of activations",
-            f"decoding {human(self.held + self.decode)}, in tiles {human(self.held + self.decode_tiled)}",
+            f"sampling {human(self.sampling)}: {weights} and {human(self.transformer)} of activations",
+            f"decoding {human(self.decoders + self.decode)}, in tiles {human(self.decoders + self.decode_tiled)}",
             f"free {human(self.free)}" if self.free is not None else "free memory is not known on this device",
         ]
 
@@ -59,6 +75,7 @@ def estimate(
     family: Family,
     request: Request,
     device: torch.device,
+    offloaded: bool = False,
 ) -> Estimate:
     """Estimate a run: `elements` of weights per component in `size` bytes each, `activations` bytes of one forward."""
     frames = request.frames if family.frames_at_once else min(request.frames, CAUSAL_FRAMES)
@@ -68,7 +85,7 @@ def estimate(
     # the finished frames, fp32, and once more as they are written
     output = 2 * 12 * request.frames * request.width * request.height
     weights = {name: count * size for name, count in elements.items()}
-    return Estimate(weights, activations, whole + output, tile + output, free_bytes(device))
+    return Estimate(weights, activations, whole + output, tile + output, free_bytes(device), offloaded)
 
 
 def tiling(found: Estimate, wanted: str) -> tuple[bool, str]:
@@ -78,9 +95,9 @@ def tiling(found: Estimate, wanted: str) -> tuple[bool, str]:
     if found.sampling > found.free:
         raise UsageError(
             f"this run needs about {human(found.sampling)} to sample and {human(found.free)} are free: "
-            f"{'; '.join(found.lines())}; use a smaller size, fewer frames or a 16-bit --dtype"
+            f"{'; '.join(found.lines())}; use a smaller size, fewer frames, a 16-bit --dtype{'' if found.offloaded else ' or, on a GPU, --offload'}"
         )
-    whole, tiled = found.held + found.decode, found.held + found.decode_tiled
+    whole, tiled = found.decoders + found.decode, found.decoders + found.decode_tiled
     if wanted == "off" or (wanted == "auto" and whole <= found.free):
         if whole > found.free:
             raise UsageError(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import UsageError, listed
+from ..errors import UsageError, listed, near
 from ..weights.reader import open_checkpoint
 from .families import BY_PIPELINE, Family
 
+LIBRARIES = ("diffusers", "transformers")
 INDEXES = ("model_index.json", "modular_model_index.json")
 
 
@@ -26,13 +31,28 @@ def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
         content = json.loads(index.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{index} cannot be read as JSON: {error}") from error
-    name = content.get("_class_name") if isinstance(content, dict) else None
-    if name not in BY_PIPELINE:
-        raise UsageError(f"{index}: pipeline class {name!r} is not one that generate knows: {listed(BY_PIPELINE)}")
+    if not isinstance(content, dict):
+        raise UsageError(f"{index} holds {type(content).__name__}, not the names of a pipeline's parts")
+    name = content.get("_class_name")
+    if not isinstance(name, str) or name not in BY_PIPELINE:
+        hint = near(name, BY_PIPELINE) if isinstance(name, str) else ""
+        raise UsageError(
+            f"{index}: pipeline class {name!r} is not one that generate knows: {listed(BY_PIPELINE)}"
+            + (f"; {hint}" if hint else "")
+        )
+    foreign = {part: content[part][0] for part in components(content) if content[part][0] not in LIBRARIES}
+    if foreign:
+        which = [f"{part} from {library!r}" for part, library in foreign.items()]
+        raise UsageError(f"{index}: only parts of {listed(LIBRARIES)} are loaded, it names {listed(which)}")
+    family = BY_PIPELINE[name]
+    due = ("vae", "transformer", "scheduler", *(("audio_vae",) if family.audio else ()))
+    lacking = [part for part in due if part not in components(content)]
+    if lacking:
+        raise UsageError(f"{index}: this {name} has no {listed(lacking)}, which generate needs")
     missing = [part for part in components(content) if not (place / part).is_dir()]
     if missing:
         raise UsageError(f"{place}: the folder of component {listed(missing)} is missing, which {index.name} names")
-    return BY_PIPELINE[name], content
+    return family, content
 
 
 def components(index: dict[str, Any]) -> list[str]:
@@ -57,6 +77,29 @@ def weight_elements(directory: str | Path, index: dict[str, Any]) -> dict[str, i
     return found
 
 
+def settings_of(directory: str | Path, part: str) -> dict[str, Any]:
+    """What config.json of a component says. Raises UsageError where there is none, or it is none."""
+    place = Path(directory) / part / "config.json"
+    try:
+        content = json.loads(place.read_text())
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{place} cannot be read as the settings of the {part}: {why}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{place} holds {type(content).__name__}, not the settings of the {part}")
+    return content
+
+
+def vae_digest(directory: str | Path) -> str:
+    """What the pipeline's VAE is told by: its class and settings, without versions and paths; 64 hex digits."""
+    kept = {
+        key: value
+        for key, value in settings_of(directory, "vae").items()
+        if key not in ("_diffusers_version", "_name_or_path")
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def _numel(shape: Any) -> int:
     count = 1
     for length in shape:
@@ -67,10 +110,12 @@ def _numel(shape: Any) -> int:
 DECODERS = ("vae", "audio_vae", "vocoder", "scheduler")
 
 
-def open_pipeline(directory: str | Path, dtype: torch.dtype, *, decoders_only: bool = False) -> tuple[Any, Family]:
-    """The pipeline of a local folder, its components in `dtype`, and its family. Nothing is downloaded.
+def open_pipeline(
+    directory: str | Path, dtype: torch.dtype, *, decoders_only: bool = False, without: tuple[str, ...] = ()
+) -> tuple[Any, Family]:
+    """The pipeline of a local folder, its components in `dtype`, and its family. Nothing is downloaded, no pickle opened.
 
-    `decoders_only` leaves out everything that sampling needs and decoding does not.
+    `decoders_only` leaves out everything that sampling needs and decoding does not; `without` names more to leave out.
 
     Raises UsageError with the cause when a component cannot be loaded.
     """
@@ -85,20 +130,21 @@ def open_pipeline(directory: str | Path, dtype: torch.dtype, *, decoders_only: b
         raise UsageError(f"diffusers {diffusers.__version__} has no {name}; upgrade it")
     # the argument was called torch_dtype before diffusers 0.42
     kind = {"dtype" if _version(diffusers.__version__) >= (0, 42) else "torch_dtype": dtype}
-    _quiet()
+    left = [one for one in components(index) if (decoders_only and one not in DECODERS) or one in without]
     try:
         if issubclass(cls, diffusers.ModularPipeline):
             pipeline = cls.from_pretrained(str(directory), local_files_only=True)
-            names = [one for one in DECODERS if one in components(index)] if decoders_only else None
-            pipeline.load_components(names=names, local_files_only=True, **kind)
+            names = [one for one in components(index) if one not in left]
+            pipeline.load_components(names=names, local_files_only=True, use_safetensors=True, **kind)
         else:
-            left = [one for one in components(index) if one not in DECODERS] if decoders_only else []
-            pipeline = cls.from_pretrained(str(directory), local_files_only=True, **kind, **dict.fromkeys(left))
+            pipeline = cls.from_pretrained(
+                str(directory), local_files_only=True, use_safetensors=True, **kind, **dict.fromkeys(left)
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"{directory}: {name} cannot be opened: {_first(error)}") from error
-    for part in ("vae", "scheduler") if decoders_only else ("vae", "scheduler", "transformer"):
-        if getattr(pipeline, part, None) is None:
-            raise UsageError(f"{directory}: this pipeline has no {part}, which generate needs")
+    for part in ("vae", "scheduler", "transformer"):
+        if part not in left and getattr(pipeline, part, None) is None:
+            raise UsageError(f"{directory}: this pipeline's {part} was not loaded, which generate needs")
     return pipeline, family
 
 
@@ -106,13 +152,27 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])
 
 
-def _quiet() -> None:
-    """No loading bars: what is worth saying is said by the verb."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No bars and no warnings of the libraries while it is open: what is worth saying is said by the verb."""
+    import diffusers.utils.logging as one
+    import transformers.utils.logging as other
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    levels = one.get_verbosity(), other.get_verbosity()
+    bars = one.is_progress_bar_enabled(), other.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        # ultrazoo itself says what it has to say by other means
+        warnings.simplefilter("ignore")
+        for library in (one, other):
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, level, bar in zip((one, other), levels, bars, strict=True):
+                library.set_verbosity(level)
+                if bar:
+                    library.enable_progress_bar()
 
 
 def _first(error: Exception) -> str:

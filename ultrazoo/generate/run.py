@@ -3,290 +3,160 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from .. import __version__, assemble, inplace
+from .. import assemble, inplace
 from ..errors import OutputError, UsageError
-from ..grid import Grid
-from ..recipe import Plan
-from ..weights import config as saved
-from . import media, memory
-from .families import Family, Request
-from .latents import Latents, Sampled, caught
-from .pipelines import described, open_pipeline, weight_elements
+from . import before, memory
+from .decoding import KEPT, decode, forget
+from .families import Request
+from .latents import Latents
+from .pipelines import described, open_pipeline, quiet_libraries, vae_digest, weight_elements
+from .sampling import facts_of, place, sample
+from .wanted import Made, Wanted
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the caller asks for; None leaves it to the recipe, then to the pipeline."""
-
-    prompt: str
-    out: Path
-    negative: str | None = None
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
-    fps: float | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    tile: str = "auto"
-    latents: Path | None = None
-    force: bool = False
-
-    @property
-    def saved(self) -> Path:
-        """Where latents go: beside the output unless said otherwise."""
-        return self.latents or self.out.with_name(f"{self.out.stem}.latents.safetensors")
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a run wrote. `note` stands in the file's metadata too."""
-
-    out: Path
-    latents: Path
-    note: dict[str, Any]
-    sampling_s: float
-    decoding_s: float
-    tiled: bool
 
 
 def generate(
     source: Any, directory: str | Path, wanted: Wanted, *overrides: str, say: Say = print, bars: bool = False
 ) -> Made:
-    """Sample and decode with the pipeline in `directory`, its transformer running the recipe `source`.
+    """Sample and decode with the pipeline in `directory`, its transformers running the recipe `source`.
 
     `source` is a recipe, or the directory of a built native model of the pipeline's own architecture. Latents are saved
     before decoding. Raises UsageError for what cannot run, OutputError for what cannot be written, before sampling where
     that can be known.
     """
     family, index = described(directory)
-    _require_places(wanted, family)
+    before.require_places(wanted, family)
     device = torch.device(wanted.device)
+    _require_offload(wanted, device)
     elements = weight_elements(directory, index)
-    model = _built(source, family)
-    plan = model.plan if model is not None else _plan(source, directory, family, wanted, overrides)
-    request = _request(plan, wanted, family)
+    model = before.built_model(source, directory, family)
+    if model is None:
+        plan = before.plan_of(source, directory, family, wanted, overrides)
+    elif overrides:
+        raise UsageError(f"{source} is built: key=value changes nothing in it any more, got {overrides[0]!r}")
+    else:
+        plan = model.plan  # type: ignore[assignment]
+        elements["transformer"] = sum(one.numel() for one in model.parameters())
+    request = before.request_of(plan, wanted, family)
+    grid = before.grid_of(plan, request)
     dtype = assemble.DTYPES[wanted.dtype or plan.resolved.dtype]
+    before.require_room_for(grid, request, wanted, dtype.itemsize)
     samples = 2 if family.doubled and (request.guidance or 0) > 1 else 1
-    found = memory.estimate(
-        elements, dtype.itemsize, samples * plan.totals.activation_bytes.infer, family, request, device
-    )
+    tokens = grid.tokens / plan.grid.tokens
+    activations = int(samples * tokens * plan.totals.activation_bytes.infer)
+    found = memory.estimate(elements, dtype.itemsize, activations, family, request, device, wanted.offload)
     tiled, why = memory.tiling(found, wanted.tile)
     for line in found.lines():
         say(line)
     if tiled:
         say(f"decoding in tiles: {why}")
-    _warn(plan, say)
-    pipeline, _ = open_pipeline(directory, dtype)
     start = time.perf_counter()
-    with torch.no_grad():
-        latents = _sample(pipeline, family, plan, model, request, wanted, device, index["_class_name"], bars)
-    sampling_s = time.perf_counter() - start
-    latents.save(wanted.saved, wanted.force)
-    say(f"latents saved: {wanted.saved}")
-    _forget(pipeline)
-    return _decode(pipeline, family, latents, wanted, tiled, sampling_s, say)
+    with quiet_libraries():
+        pipeline, _ = open_pipeline(directory, dtype, without=("transformer",) if model is not None else ())
+        if model is not None:
+            warned = before.built_warnings(model)
+            pipeline.transformer = model.to(dtype)
+        else:
+            warned = list(inplace.apply(pipeline, plan).untuned)
+        for line in warned:
+            say(f"warning: {line}: expect a poor picture")
+        place(pipeline, device, wanted.offload)
+        latents = sample(pipeline, family, request, wanted.seed or 0, bars)
+        latents.facts.update(facts_of(plan, index["_class_name"], vae_digest(directory)))
+        sampling_s = time.perf_counter() - start
+        saved = _save(latents, wanted, say)
+        with _kept(saved, directory, wanted, say):
+            # the last names of what decoding does not need
+            del model
+            forget(pipeline)
+            return decode(pipeline, family, latents, replace(wanted, latents=saved), tiled, sampling_s, say)
 
 
-def resume(directory: str | Path, file: str | Path, wanted: Wanted, say: Say = print) -> Made:
-    """Decode saved latents with the pipeline in `directory`, of which only the decoders are loaded."""
+def resume(
+    directory: str | Path, file: str | Path, wanted: Wanted, *overrides: str, source: Any = None, say: Say = print
+) -> Made:
+    """Decode saved latents with the pipeline in `directory`, of which only the decoders are loaded.
+
+    Whatever `wanted` or the recipe `source` says beside them must be what the latents were sampled with: raises UsageError
+    that names every difference.
+    """
     latents = Latents.load(file)
     family, index = described(directory)
-    if latents.facts["pipeline"] != index["_class_name"]:
-        raise UsageError(f"{file} was sampled by {latents.facts['pipeline']}, {directory} is {index['_class_name']}")
-    _require_places(wanted, family, latents=False)
-    dtype = assemble.DTYPES[wanted.dtype or latents.facts["dtype"]]
-    pipeline, _ = open_pipeline(directory, dtype, decoders_only=True)
-    video = latents.video[0]
-    if video.shape[1:] and not torch.isfinite(video.float()).all():
+    before.require_places(wanted, family, latents=False)
+    facts = latents.facts
+    found = before.differences(latents, directory, index["_class_name"], wanted)
+    if source is not None and not found:
+        plan = before.plan_of(source, directory, family, replace(wanted, **_sizes(facts)), overrides)
+        if plan.hash != facts["recipe_hash"]:
+            found = [f"recipe {facts['recipe']} {facts['recipe_hash'][:12]}, here {plan.name} {plan.hash[:12]}"]
+    if found:
+        raise UsageError(f"{file} holds latents of another run: {'; '.join(found)}")
+    if not all(torch.isfinite(one).all() for one in latents.video if isinstance(one, torch.Tensor)):
         raise UsageError(f"{file} holds values that are not finite: sampling went wrong, decoding cannot help")
-    return _decode(pipeline, family, latents, wanted, wanted.tile == "on", 0.0, say)
+    device = torch.device(wanted.device)
+    _require_offload(wanted, device)
+    dtype = assemble.DTYPES[wanted.dtype or facts["dtype"]]
+    elements = {name: n for name, n in weight_elements(directory, index).items() if name in KEPT}
+    request = Request(facts["prompt"], facts["width"], facts["height"], facts["frames"], facts["steps"])
+    tiled, why = memory.tiling(memory.estimate(elements, dtype.itemsize, 0, family, request, device), wanted.tile)
+    if tiled:
+        say(f"decoding in tiles: {why}")
+    with quiet_libraries():
+        pipeline, _ = open_pipeline(directory, dtype, decoders_only=True)
+        with _kept(Path(file), directory, wanted, say):
+            return decode(pipeline, family, latents, replace(wanted, latents=Path(file)), tiled, 0.0, say)
 
 
-def _require_places(wanted: Wanted, family: Family, latents: bool = True) -> None:
-    if not wanted.prompt.strip() and latents:
-        raise UsageError("the prompt is empty; say what to make with --prompt")
-    media.require_suffix(wanted.out, family.kind)
-    for place in (wanted.out, wanted.saved) if latents else (wanted.out,):
-        if place.exists() and not wanted.force:
-            raise OutputError(f"{place} exists; choose another name with -o or replace it with --force")
+def _sizes(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: facts[name] for name in ("width", "height", "frames", "steps", "guidance", "dtype")}
 
 
-def _built(source: Any, family: Family) -> Any:
-    """A native model that `build` or `save` wrote into the directory `source`; None when it is a recipe."""
-    if not isinstance(source, str | Path) or not (Path(source) / saved.FILE).is_file():
-        return None
-    model = assemble.from_pretrained(source)
-    if inplace.NATIVE.get(model.plan.resolved.backbone.name) != family.model:
-        raise UsageError(
-            f"{source} is a {model.plan.resolved.backbone.name!r} model, the pipeline is for {family.model}"
-        )
-    return model
+def _require_offload(wanted: Wanted, device: torch.device) -> None:
+    if wanted.offload and device.type == "cpu":
+        raise UsageError("--offload keeps models in the CPU's memory while they wait for a GPU; add --device cuda")
 
 
-def _plan(source: Any, directory: str | Path, family: Family, wanted: Wanted, overrides: tuple[str, ...]) -> Plan:
-    given = {
-        "video.width": wanted.width,
-        "video.height": wanted.height,
-        "video.frames": wanted.frames,
-        "sampling.steps": wanted.steps,
-        "sampling.guidance": wanted.guidance,
-        "dtype": wanted.dtype,
-    }
-    more = [f"{key}={value}" for key, value in given.items() if value is not None]
-    if wanted.width is not None or wanted.height is not None:
-        more.insert(0, "video.grid=null")
-    node = {"name": "diffusers", "model": family.model, "config": str(Path(directory).absolute() / "transformer")}
-    return inplace.plan_for(node, source, (*overrides, *more))
-
-
-def _request(plan: Plan, wanted: Wanted, family: Family) -> Request:
-    sampling, video = plan.resolved.sampling, plan.resolved.video
-    steps = wanted.steps or (sampling.steps if sampling else None)
-    if steps is None:
-        raise UsageError("neither the recipe nor --steps says how many denoising steps to make")
-    width, height, frames = video.width, video.height, video.frames
-    if width is None or height is None:
-        width, height, frames = plan.resolved.backbone.geometry.pixels(Grid(*plan.grid))  # type: ignore[attr-defined]
-    if family.kind == "image" and frames != 1:
-        raise UsageError(f"this pipeline makes one image and the recipe asks for {frames} frames; set video.frames=1")
-    guidance = wanted.guidance if wanted.guidance is not None else (sampling.guidance if sampling else None)
-    return Request(wanted.prompt, width, height, frames, steps, guidance, wanted.negative)
-
-
-def _warn(plan: Plan, say: Say) -> None:
-    """Say that a design needs tuning, unless tuned weights are loaded."""
-    if plan.resolved.weights is not None:
-        return
-    specs = {spec.name: spec for spec in plan.resolved.written}
-    for name, spec in sorted(specs.items()):
-        start = spec.traits().start
-        if start.kind == "needs tuning":
-            say(f"warning: {name} needs tuning ({start.source}) and no tuned weights are loaded: expect a poor picture")
-
-
-def _sample(
-    pipeline: Any,
-    family: Family,
-    plan: Plan,
-    model: nn.Module | None,
-    request: Request,
-    wanted: Wanted,
-    device: torch.device,
-    name: str,
-    bars: bool,
-) -> Latents:
-    if model is not None:
-        pipeline.transformer = model.to(next(pipeline.transformer.parameters()).dtype)
-    else:
-        inplace.apply(pipeline, plan)
-    pipeline.to(device)
-    if hasattr(pipeline, "set_progress_bar_config"):
-        pipeline.set_progress_bar_config(disable=not bars)
-    if family.guider and request.guidance is not None:
-        pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance)
-    arguments = family.arguments(request)
-    generator = torch.Generator().manual_seed(wanted.seed)
-    with _stepping(pipeline, request.steps), caught(pipeline, family.audio) as found, contextlib.suppress(Sampled):
-        pipeline(**arguments, generator=generator)
-    if found.video is None:
-        raise UsageError(f"{name} ended without calling its VAE: its call differs from what generate knows")
-    facts = {
-        "ultrazoo": __version__,
-        "pipeline": name,
-        "recipe": plan.name,
-        "recipe_hash": plan.hash,
-        "seed": wanted.seed,
-        "prompt": request.prompt,
-        "negative_prompt": request.negative,
-        "width": request.width,
-        "height": request.height,
-        "frames": request.frames,
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-    }
-    return Latents(found.video, found.audio, facts)
+def _save(latents: Latents, wanted: Wanted, say: Say) -> Path:
+    """Save latents where they are wanted, or in the system's folder for temporary files where that fails."""
+    try:
+        latents.save(wanted.saved, wanted.force)
+    except OutputError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="ultrazoo-latents-")) / wanted.saved.name
+        try:
+            latents.save(elsewhere)
+        except OutputError:
+            elsewhere.parent.rmdir()
+            raise error from None
+        say(f"warning: {error}")
+        say(f"latents saved elsewhere: {elsewhere}")
+        return elsewhere
+    say(f"latents saved: {wanted.saved}")
+    return wanted.saved
 
 
 @contextlib.contextmanager
-def _stepping(pipeline: Any, steps: int) -> Iterator[None]:
-    """Tell the models before each forward at which of `steps` they are, by the scheduler's own count."""
-    scheduler = pipeline.scheduler
-
-    def tell(model: nn.Module, *_: Any) -> None:
-        session: Any = model.session
-        # a scheduler that evaluates twice per step counts both
-        count = max(len(scheduler.timesteps), 1)
-        index = scheduler.step_index or 0
-        session.select(min(index * steps // count, steps - 1), steps, session.branch)
-
-    models = [getattr(pipeline, name, None) for name in inplace.COMPONENTS]
-    models = [model for model in models if hasattr(model, "session")]
-    handles = [model.register_forward_pre_hook(tell, prepend=True) for model in models]
+def _kept(saved: Path, directory: str | Path, wanted: Wanted, say: Say) -> Iterator[None]:
+    """Say how to go on from the latents when decoding or writing fails or is interrupted."""
+    again = f"ultrazoo generate --pipeline {directory} --from-latents {saved} -o {wanted.out}"
     try:
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for model in models:
-            model.session.deselect()
-            model.session.reset_state()
-
-
-def _forget(pipeline: Any) -> None:
-    """Drop what decoding does not need: transformers and text encoders."""
-    for name, part in list(vars(pipeline).items()):
-        if isinstance(part, nn.Module) and name not in ("vae", "audio_vae", "vocoder"):
-            setattr(pipeline, name, None)
-
-
-def _decode(
-    pipeline: Any, family: Family, latents: Latents, wanted: Wanted, tiled: bool, sampling_s: float, say: Say
-) -> Made:
-    start = time.perf_counter()
-    device = torch.device(wanted.device)
-    if tiled:
-        pipeline.vae.enable_tiling()
-    with torch.no_grad():
-        decoded = _through(pipeline.vae, latents.video, device)[0]
-        frames = family.processor(pipeline, family.picked(decoded))
-        audio = None if latents.audio is None else _sound(pipeline, latents.audio, device)
-    note = {key: value for key, value in latents.facts.items() if value is not None}
-    if family.kind == "image":
-        media.write_image(wanted.out, media.pixels(frames[0]), note, wanted.force)
-    else:
-        media.write_video(wanted.out, media.pixels(frames[0]), wanted.fps or family.fps, note, audio, wanted.force)
-    say(f"written: {wanted.out}")
-    return Made(wanted.out, wanted.saved, note, sampling_s, time.perf_counter() - start, tiled)
-
-
-def _through(part: nn.Module, arguments: tuple[Any, ...], device: torch.device) -> Any:
-    part.to(device)
-    kind = next(part.parameters()).dtype
-    moved = [one.to(device, kind) if isinstance(one, torch.Tensor) else one for one in arguments]
-    return part.decode(*moved, return_dict=False)  # type: ignore[operator]
-
-
-def _sound(pipeline: Any, arguments: tuple[Any, ...], device: torch.device) -> tuple[Any, int]:
-    """Samples (channels, n) in [-1, 1] and their rate."""
-    heard = _through(pipeline.audio_vae, arguments, device)[0]
-    vocoder = getattr(pipeline, "vocoder", None)
-    if vocoder is None:
-        rate = pipeline.audio_vae.config.sampling_rate
-        return heard.float().cpu().reshape(-1, heard.shape[-1]).numpy(), int(rate)
-    samples = vocoder.to(device)(heard)
-    return samples[0].float().cpu().numpy(), int(vocoder.config.output_sampling_rate)
+    except OutputError as error:
+        raise OutputError(f"{error}\nthe latents are kept; go on with: {again}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutputError(
+            f"decoding ran out of memory ({str(error).splitlines()[0] if str(error) else 'no more was said'})\n"
+            f"the latents are kept; go on in tiles with: {again} --tile on"
+        ) from error
+    except BaseException:
+        say(f"the latents are kept; go on with: {again}")
+        raise
