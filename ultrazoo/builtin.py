@@ -113,7 +113,7 @@ TABLE: tuple[Row, ...] = (
     _part("selector", "radial", "radial:RadialMapSpec", "bands between frames, thinner with distance"),
     _part("selector", "sliding", "sliding:SlidingSpec", "a window of tiles (STA)"),
     _part("selector", "tokens", "ranges:TokensSpec", "key blocks of a range of tokens"),
-    _part("selector", "pooled", "selectors:PooledSpec", "the best scores of block means"),
+    _part("selector", "pooled", "pooled:PooledSpec", "the best scores of block means"),
     _part("selector", "routed", "routed:RoutedSpec", "own blocks and the best, per query or per head (VMoBA)"),
     _part("selector", "union", "selectors:UnionSpec", "what any of several selectors chooses"),
     _part("selector", "budget", "budgets:BudgetSpec", "another share per head or denoising step"),
@@ -135,5 +135,6 @@ TABLE: tuple[Row, ...] = (
     Row("kernel", "xformers", "kernels.xformers:XformersSpec", "xformers memory-efficient attention"),
     Row("backbone", "wan", "backbones.wan:WanSpec", "Wan 2.1 and 2.2 text-to-video transformer"),
     Row("backbone", "diffusers", "backbones.diffusers.spec:DiffusersSpec", "a transformer class of diffusers"),
+    Row("backbone", "timm", "backbones.timm.spec:TimmSpec", "a vision transformer of timm"),
     Row("backbone", "dit", "backbones.dit:DitSpec", "class-conditional DiT, image and video", ("DiT",)),
 )

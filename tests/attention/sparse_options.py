@@ -8,9 +8,10 @@ from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.parts.budgets import BudgetSpec, CachedSpec
 from ultrazoo.attention.parts.far import CoarseSpec, DropSpec, FarSpec, MeanSpec
 from ultrazoo.attention.parts.orders import ColumnsSpec, CurveSpec, OrderSpec, RasterSpec, TilesSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.ranges import TokensSpec
 from ultrazoo.attention.parts.rules import MeanStdSpec, RuleSpec, TopKOrPSpec, TopKSpec, TopPSpec
-from ultrazoo.attention.parts.selectors import AllSpec, BandSpec, PooledSpec, SelectorSpec, SinkSpec, UnionSpec
+from ultrazoo.attention.parts.selectors import AllSpec, BandSpec, SelectorSpec, SinkSpec, UnionSpec
 from ultrazoo.grid import Grid
 from ultrazoo.spec import Rope, Segment, Site
 

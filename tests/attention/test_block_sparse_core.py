@@ -15,8 +15,9 @@ from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.parts.budgets import BudgetSpec
 from ultrazoo.attention.parts.far import CoarseSpec, DropSpec, FarSpec, MeanSpec
 from ultrazoo.attention.parts.orders import CurveSpec, OrderSpec, RasterSpec, TilesSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import MeanStdSpec, TopKOrPSpec, TopKSpec, TopPSpec, kept, largest
-from ultrazoo.attention.parts.selectors import BandSpec, PooledSpec, SelectorSpec, UnionSpec
+from ultrazoo.attention.parts.selectors import BandSpec, SelectorSpec, UnionSpec
 from ultrazoo.grid import Grid
 from ultrazoo.kernels import record
 from ultrazoo.spec import Site

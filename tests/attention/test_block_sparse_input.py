@@ -10,10 +10,12 @@ import torch
 import ultrazoo
 from tests.attention.raw import given, noise, softmax
 from ultrazoo.attention.block_sparse import BlockSparseSpec
+from ultrazoo.attention.contract import Extra
 from ultrazoo.attention.parts.far import CoarseSpec, MeanSpec
 from ultrazoo.attention.parts.orders import RasterSpec, TilesSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import TopKSpec
-from ultrazoo.attention.parts.selectors import BandSpec, PooledSpec, SinkSpec, UnionSpec
+from ultrazoo.attention.parts.selectors import BandSpec, SinkSpec, UnionSpec
 from ultrazoo.errors import KernelError, SiteError
 from ultrazoo.grid import Grid
 from ultrazoo.spec import Segment, Site
@@ -171,3 +173,30 @@ def test_a_kernel_without_lse_is_no_good_for_a_joint_softmax() -> None:
     q, k, v = (noise(i, 1, 40, 2, 16).requires_grad_() for i in range(3))
     with pytest.raises(KernelError, match=r"flex: .*does not return lse"):
         given(spec, q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "path", "fix"),
+    [
+        ("video_sparse", {"rows": "pattern"}, "far.gate", "gate: none"),
+        ("radial", {"keys": "compete"}, "selector", "rows: dense and keys: always"),
+        ("radial", {"rows": "pattern"}, "selector", "rows: dense and keys: always"),
+        ("block_sparse", {"rows": "pattern"}, "", ""),
+    ],
+)
+def test_policies_of_extra_tokens_are_checked_at_the_call(
+    name: str, policy: dict[str, Any], path: str, fix: str
+) -> None:
+    """They come with the call, after every other check."""
+    options: dict[str, Any] = {"block": 16} if name == "radial" else {}
+    module = ultrazoo.create_attention(name, dim=16, heads=2, **options)
+    extra = Extra(*(torch.randn(1, 5, 2, 8) for _ in range(3)), segments=(Segment("text", 5, **policy),))
+    x = torch.randn(1, 105, 16)
+    if not path:
+        assert all(z.isfinite().all() for z in module(x, (3, 5, 7), extra=extra))
+        return
+    with pytest.raises(SiteError) as caught:
+        module(x, (3, 5, 7), extra=extra)
+    (problem,) = caught.value.problems
+    assert problem.path == path
+    assert fix in problem.fix

@@ -12,8 +12,9 @@ from ultrazoo.attention.contract import Call
 from ultrazoo.attention.parts import far, scene
 from ultrazoo.attention.parts.far import CoarseSpec, DropSpec, FarSpec, MeanSpec
 from ultrazoo.attention.parts.orders import CurveSpec, OrderSpec, RasterSpec, TilesSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import MeanStdSpec, TopKSpec, TopPSpec
-from ultrazoo.attention.parts.selectors import BandSpec, PooledSpec, SelectorSpec, SinkSpec, UnionSpec
+from ultrazoo.attention.parts.selectors import BandSpec, SelectorSpec, SinkSpec, UnionSpec
 from ultrazoo.kernels import block_map
 
 HEADS, SIZE = 4, 32

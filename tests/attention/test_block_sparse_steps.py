@@ -18,8 +18,9 @@ from ultrazoo.attention.by_head import ByHeadSpec
 from ultrazoo.attention.contract import Call, Extra
 from ultrazoo.attention.parts.budgets import BudgetSpec, CachedSpec
 from ultrazoo.attention.parts.orders import RasterSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import TopKOrPSpec, TopKSpec
-from ultrazoo.attention.parts.selectors import PooledSpec, UnionSpec
+from ultrazoo.attention.parts.selectors import UnionSpec
 from ultrazoo.grid import Grid
 from ultrazoo.kernels import record
 from ultrazoo.spec import Segment, Site

@@ -12,8 +12,8 @@ from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.linear import LinearSpec
 from ultrazoo.attention.monarch import MonarchSpec
 from ultrazoo.attention.parts.orders import RasterSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import MeanStdSpec, TopKSpec
-from ultrazoo.attention.parts.selectors import PooledSpec
 from ultrazoo.attention.sla2 import Sla2Spec
 from ultrazoo.grid import Grid
 from ultrazoo.spec import AttentionSpec, Site, Traits

@@ -17,8 +17,9 @@ from ultrazoo.attention.full import FullSpec
 from ultrazoo.attention.parts.budgets import BudgetSpec, CachedSpec
 from ultrazoo.attention.parts.kept import KeptRows, index_bytes, kept_bytes
 from ultrazoo.attention.parts.orders import RasterSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import TopKSpec, TopPSpec
-from ultrazoo.attention.parts.selectors import PooledSpec, SelectorSpec, UnionSpec
+from ultrazoo.attention.parts.selectors import SelectorSpec, UnionSpec
 from ultrazoo.backbones.wan import WanSpec
 from ultrazoo.cost import price
 from ultrazoo.grid import Grid

@@ -15,9 +15,10 @@ from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.parts.far import MeanSpec
 from ultrazoo.attention.parts.far_linear import LinearFarSpec
 from ultrazoo.attention.parts.orders import RasterSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import TopKSpec
 from ultrazoo.attention.parts.scene import Scene
-from ultrazoo.attention.parts.selectors import BandSpec, PooledSpec, UnionSpec
+from ultrazoo.attention.parts.selectors import BandSpec, UnionSpec
 from ultrazoo.attention.parts.soft import soft_topk
 from ultrazoo.attention.sla2 import Sla2Spec
 from ultrazoo.errors import SiteError

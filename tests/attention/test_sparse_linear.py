@@ -14,8 +14,9 @@ from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.parts import far_linear, states
 from ultrazoo.attention.parts.far_linear import LinearFarSpec
 from ultrazoo.attention.parts.orders import RasterSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import TopKSpec
-from ultrazoo.attention.parts.selectors import BandSpec, PooledSpec
+from ultrazoo.attention.parts.selectors import BandSpec
 from ultrazoo.attention.sparse_linear import SparseLinearSpec
 from ultrazoo.errors import SiteError
 from ultrazoo.grid import Grid

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ultrazoo.attention.parts.orders import RasterSpec, TilesSpec
-from ultrazoo.attention.parts.selectors import BandSpec, PooledSpec, SelectorSpec, SinkSpec, UnionSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
+from ultrazoo.attention.parts.selectors import BandSpec, SelectorSpec, SinkSpec, UnionSpec
 from ultrazoo.attention.parts.sliding import SlidingSpec
 from ultrazoo.grid import Grid
 from ultrazoo.spec import Site

@@ -11,8 +11,8 @@ import torch
 from tests.oracles.video_sparse import video_sparse
 from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.full import FullSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import TopKSpec
-from ultrazoo.attention.parts.selectors import PooledSpec
 from ultrazoo.attention.video_sparse import VideoSparseSpec
 from ultrazoo.grid import Grid
 from ultrazoo.kernels import record

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import Problem
+from ..errors import Problem, SiteError
 from ..grid import Grid
 from ..kernels import attend
 from ..kernels.block_map import BlockMap
@@ -30,9 +30,10 @@ from .grouped import attend_extra
 from .parts.by_query import ByQuerySpec
 from .parts.far import CoarseSpec, DropSpec, FarSpec
 from .parts.orders import ORDERS, ColumnsSpec, OrderSpec, Place, RasterSpec, TilesSpec
+from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec, TopPSpec
 from .parts.scene import Scene
-from .parts.selectors import AllSpec, BandSpec, Bounds, PooledSpec, SelectorSpec, SinkSpec, UnionSpec, chunks_of
+from .parts.selectors import AllSpec, BandSpec, Bounds, SelectorSpec, SinkSpec, UnionSpec, chunks_of
 from .parts.soft import SoftMap, soft_near
 
 
@@ -207,6 +208,11 @@ def _place(order: OrderSpec, grid: Grid, segments: tuple[Segment, ...]) -> Place
     return order.place(grid).with_segments(segments, order.segment_block)
 
 
+@lru_cache(maxsize=64)
+def _problems(spec: BlockSparseSpec, site: Site) -> tuple[Problem, ...]:
+    return tuple(spec.problems(site))
+
+
 @lru_cache(maxsize=256)
 def _bounds(selector: SelectorSpec, order: OrderSpec, site: Site) -> Bounds:
     return selector.bounds(_place(order, site.grid, site.extra), site)
@@ -275,6 +281,9 @@ class BlockSparseAttention(Attention):
         """Grid rows (B, N, heads, D) in the grid's order, and rows of extra tokens that follow the pattern."""
         spec: Any = self.spec
         segments = () if call.extra is None else _segments(call)
+        # what a call brings, policies of extra tokens above all, was seen by no check before
+        if problems := _problems(spec, self.site.at(grid=Grid(*call.grid), extra=segments)):
+            raise SiteError(f"attention {spec.name!r} at grid {Grid(*call.grid)}", problems)
         place = _place(spec.order, Grid(*call.grid), segments)
         scene = self._scene(x, q, k, v, call, place)
         mask = None if scene.key_valid is None else scene.key_valid[:, None, None]

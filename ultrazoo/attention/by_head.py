@@ -25,8 +25,8 @@ from .parts.adapt import LoraSpec
 from .parts.compressors import DepthwiseConvSpec
 from .parts.layouts import WindowsSpec
 from .parts.orders import RasterSpec
+from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec
-from .parts.selectors import PooledSpec
 
 
 def head_range(key: str) -> tuple[int, ...]:

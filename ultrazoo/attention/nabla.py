@@ -14,8 +14,9 @@ from ..grid import Grid
 from ..spec import AttentionSpec, Rope, Segment, Site, Start, Traits, option
 from .block_sparse import BlockSparseSpec
 from .parts.orders import TilesSpec
+from .parts.pooled import PooledSpec
 from .parts.rules import TopPSpec
-from .parts.selectors import PooledSpec, SelectorSpec, UnionSpec
+from .parts.selectors import SelectorSpec, UnionSpec
 from .parts.sliding import SlidingSpec
 
 

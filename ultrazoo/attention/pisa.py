@@ -16,8 +16,8 @@ from ..spec import AttentionSpec, Rope, Segment, Site, Start, Traits, option
 from .block_sparse import BlockSparseSpec
 from .parts.far import MeanSpec
 from .parts.orders import RasterSpec
+from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec
-from .parts.selectors import PooledSpec
 
 BIASES: dict[str, Literal["none", "log_variance", "log_norm"]] = {
     "norm": "log_norm",

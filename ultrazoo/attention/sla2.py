@@ -20,8 +20,8 @@ from ..spec import AttentionSpec, Rope, Segment, Site, Start, Traits, option
 from .block_sparse import BlockSparseSpec
 from .parts.far_linear import LinearFarSpec
 from .parts.orders import RasterSpec
+from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec
-from .parts.selectors import PooledSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from ..spec import AttentionSpec, Rope, Segment, Site, Start, Traits, option
 from .block_sparse import BlockSparseSpec
 from .parts.far import MeanSpec
 from .parts.orders import CurveSpec, OrderSpec, RasterSpec
+from .parts.pooled import PooledSpec
 from .parts.ranges import TokensSpec
 from .parts.rules import MeanStdSpec
-from .parts.selectors import BandSpec, PooledSpec, SelectorSpec, UnionSpec
+from .parts.selectors import BandSpec, SelectorSpec, UnionSpec
 
 
 @dataclass(frozen=True, kw_only=True)

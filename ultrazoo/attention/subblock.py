@@ -17,8 +17,8 @@ from ..grid import Grid
 from ..spec import AttentionSpec, Rope, Segment, Site, Start, Traits, option
 from .block_sparse import BlockSparseSpec
 from .parts.orders import RasterSpec
+from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec
-from .parts.selectors import PooledSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from ..spec import AttentionSpec, Rope, Segment, Site, Start, Traits, option
 from .block_sparse import BlockSparseSpec
 from .parts.far import CoarseSpec, DropSpec
 from .parts.orders import TilesSpec
+from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec
-from .parts.selectors import PooledSpec
 
 
 @dataclass(frozen=True, kw_only=True)

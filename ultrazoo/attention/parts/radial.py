@@ -37,7 +37,7 @@ class RadialMapSpec(SelectorSpec):
 
     def place_problems(self, place: Place, site: Site) -> list[Problem]:
         size = site.grid.h * site.grid.w
-        if place.order is not None or place.queries.largest != place.keys.largest:
+        if place.order is not None or place.whole[0] != place.whole[1]:
             rule = "the map is one of raster order with blocks of one size"
             return [Problem("", rule, "use order: {name: raster, block: 128}")]
         if size < place.queries.largest and site.grid.t > 1:
