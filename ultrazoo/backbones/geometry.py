@@ -57,8 +57,11 @@ class Geometry:
     def pixels(self, grid: Grid) -> tuple[int, int, int]:
         """Width, height and frames of the video behind a token grid."""
         latent = self.latent(grid)
-        frames = 1 + (latent[0] - 1) * self.strides[0] if self.causal else latent[0] * self.strides[0]
-        return latent[2] * self.strides[2], latent[1] * self.strides[1], frames
+        return latent[2] * self.strides[2], latent[1] * self.strides[1], self.frames(latent[0])
+
+    def frames(self, latents: int) -> int:
+        """Frames of the video behind latent frames."""
+        return 1 + (latents - 1) * self.strides[0] if self.causal else latents * self.strides[0]
 
     def latent(self, grid: Grid) -> tuple[int, int, int]:
         """Latent frames, rows and columns (F, h, w) behind a token grid."""

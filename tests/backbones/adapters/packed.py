@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultrazoo.backbones.diffusers.minimax_h3 import clip, layout
 from ultrazoo.grid import Grid
 
 
@@ -173,5 +174,102 @@ ROWS["LTX2VideoTransformer3DModel"] = {
         "perturbed": perturbed,
         "perturbed in part": perturbed_in_part,
         "apart": apart,
+    },
+}
+
+
+def h3_rows(arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The plain layout again, segment by segment."""
+    places = arguments["position_ids"]
+    return [(kind, places[arguments[f"{kind}_indices"]]) for kind in ("text", "audio", "video")]
+
+
+def h3_laid_out(arguments: dict[str, Any], *segments: tuple[str, Tensor], levels: Any = None) -> dict[str, Any]:
+    """A call with these segments; rows that it has more of are random. `levels`: how clean each segment is."""
+    packed = layout(*segments)
+    levels = [0.3] * len(segments) if levels is None else levels
+    of_row = torch.cat([torch.full((len(rows),), level) for (_, rows), level in zip(segments, levels, strict=True)])
+    timestep, indices = of_row.unique(return_inverse=True)
+    found = {**arguments, **packed, "timestep": timestep, "timestep_indices": indices}
+    for kind, name in (("video", "hidden_states"), ("audio", "audio_hidden_states"), ("text", "encoder_hidden_states")):
+        rows = len(packed[f"{kind}_indices"])
+        x = arguments[name]
+        found[name] = torch.cat([torch.randn(2, max(rows - x.shape[1], 0), x.shape[2]), x], dim=1)[:, :rows]
+    return found
+
+
+def keyframes(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Pictures at the times of the clip's first frame and after its last, almost clean, and sound at a level of its own."""
+    text, audio, video = h3_rows(arguments)
+    first = video[1][: grid.h * grid.w]
+    last = first + torch.tensor([4.5 * grid.t, 0, 0])
+    rows = (text, ("video", first), ("video", last), audio, video)
+    return h3_laid_out(arguments, *rows, levels=(0.2, 0.999, 0.999, 0.6, 0.2))
+
+
+def references(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """A clip of another size with its sound before it, and a picture; then the target a while later."""
+    text, audio, video = h3_rows(arguments)
+    heard, seen = ("audio", audio[1][:6]), ("video", clip(Grid(2, 3, 2), 7.0))
+    picture = ("video", clip(Grid(1, 2, 2), 20.0))
+    later = torch.tensor([30.0, 0, 0])
+    rows = (text, heard, seen, picture, ("audio", audio[1] + later), ("video", video[1] + later))
+    return h3_laid_out(arguments, *rows, levels=(0.2, 1.0, 0.999, 0.999, 0.6, 0.2))
+
+
+def no_sound(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Keyframes right before the target."""
+    text, _, video = h3_rows(arguments)
+    first = video[1][: grid.h * grid.w]
+    return h3_laid_out(arguments, text, ("video", first), video)
+
+
+def video_first(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    text, audio, video = h3_rows(arguments)
+    return h3_laid_out(arguments, video, audio, text)
+
+
+def levels_of_rows(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    rows = arguments["position_ids"].shape[0]
+    return {**arguments, "timestep": torch.linspace(0, 1, 9), "timestep_indices": torch.arange(rows) % 9}
+
+
+def picture_in_prompt(arguments: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Rows of the prompt that are tagged as video, and rows at the end that belong to nothing."""
+    tags = torch.cat([arguments["token_tags"], torch.zeros(3, dtype=torch.long)])
+    tags[2:5] = 0
+    more = torch.nn.functional.pad
+    return {
+        **arguments,
+        "token_tags": tags,
+        "timestep_indices": more(arguments["timestep_indices"], (0, 3)),
+        "position_ids": more(arguments["position_ids"], (0, 0, 0, 3), value=2.0),
+    }
+
+
+ROWS["MiniMaxH3Transformer3DModel"] = {
+    "settings": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "hidden_size": 24,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "ffn_dim": 32,
+        "in_channels": 4,
+        "audio_in_channels": 6,
+        "text_dim": 12,
+        "freq_dim": 16,
+        "time_embed_hidden_dim": 24,
+        "time_embed_dim": 16,
+        "rope_freq_dim": 2,
+    },
+    "variants": {
+        "plain": as_it_is,
+        "keyframes": keyframes,
+        "references": references,
+        "no sound": no_sound,
+        "video first": video_first,
+        "per token": levels_of_rows,
+        "picture in prompt": picture_in_prompt,
     },
 }

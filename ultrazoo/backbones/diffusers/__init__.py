@@ -16,6 +16,7 @@ ADAPTERS = {
     "Kandinsky6Transformer3DModel": "kandinsky6:Kandinsky6Adapter",
     "LTX2VideoTransformer3DModel": "ltx2:LTX2VideoAdapter",
     "LTXVideoTransformer3DModel": "ltx:LTXVideoAdapter",
+    "MiniMaxH3Transformer3DModel": "minimax_h3:MiniMaxH3Adapter",
     "PixArtTransformer2DModel": "pixart:PixArtAdapter",
     "QwenImageTransformer2DModel": "qwen_image:QwenImageAdapter",
     "SD3Transformer2DModel": "sd3:SD3Adapter",
