@@ -6,7 +6,6 @@ self-attentions that the recipe replaces change.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import nn
 
 from . import recipe
 from .backbones.adapted import AdaptedSpec
-from .backbones.diffusers import ADAPTERS, class_name_of
-from .backbones.diffusers.install import MARK, uninstall
+from .backbones.placed import MARK, uninstall
+from .backbones.recognised import node_of, same
 from .backbones.session import Session
 from .errors import UsageError, WeightsError, listed
 from .recipe.tree import Mark, copy, from_plain
@@ -120,7 +119,8 @@ def apply(target: Any, source: Source, *overrides: str) -> Report:
     nobody knows, RecipeError with all problems, WeightsError with a table for weights that are not the design's.
     """
     models = _models(target)
-    known = {name: _node_of(model) for name, model in models.items()}
+    written = _loaded(source, overrides).data().get("backbone")
+    known = {name: node_of(model, written) for name, model in models.items()}
     plans = {name: plan_for(known[name], source, overrides) for name in models}
     done: list[AppliedModel] = []
     try:
@@ -174,27 +174,14 @@ def _inside(model: nn.Module) -> nn.Module:
             return inner  # type: ignore[no-any-return]
 
 
-def _node_of(model: nn.Module) -> dict[str, Any]:
-    """The backbone node that a recipe for `model` has."""
-    name = class_name_of(model)
-    if name is None:
-        raise UsageError(
-            f"{type(model).__name__} has no adapter; adapters exist for {listed(ADAPTERS)}, and a plugin can add one"
-        )
-    config: Any = model.config
-    # plain JSON: what a loaded config holds beside it (tuples, dtypes) has no other spelling in a recipe
-    kept = {key: value for key, value in dict(config).items() if not key.startswith("_")}
-    return {"name": "diffusers", "model": name, "config": json.loads(json.dumps(kept, default=str))}
-
-
 def plan_for(backbone: dict[str, Any], source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """The plan of a recipe on another backbone node of the same model; a recipe may leave its backbone out."""
     loaded = _loaded(source, overrides)
     data = loaded.data()
     written = data.get("backbone")
-    if written is not None and not _same(written, backbone):
+    if written is not None and not same(written, backbone):
         raise UsageError(
-            f"{loaded.source}: its backbone is {_label(written)}, the model is {backbone['model']}; leave the recipe's "
+            f"{loaded.source}: its backbone is {_label(written)}, the model is {_label(backbone)}; leave the recipe's "
             "backbone out, or name the model's"
         )
     kept = {key: value for key, value in (written or {}).items() if key in ("text_tokens", "strides")}
@@ -213,19 +200,6 @@ def _loaded(source: Source, overrides: tuple[str, ...]) -> Recipe:
     if isinstance(source, recipe.Recipe):
         source = source.data()
     return recipe.load(source, overrides)
-
-
-NATIVE = {"wan": "WanTransformer3DModel"}
-"""Native backbones and the class that is the same model: their recipes hold for it when the sizes agree."""
-
-
-def _same(written: Any, backbone: dict[str, Any]) -> bool:
-    if not isinstance(written, Mapping):
-        written = {"name": written}
-    name = written.get("name")
-    if name == "diffusers":
-        return written.get("model") in (None, backbone["model"])
-    return NATIVE.get(str(name)) == backbone["model"]
 
 
 def _label(written: Any) -> str:

@@ -37,6 +37,25 @@ class AdaptedSpec(BackboneSpec):
 
     adapted: ClassVar[bool] = True
 
+    @classmethod
+    def serves(cls) -> str:
+        """Which models these are, for an error message about one that is none of them."""
+        return cls.name
+
+    @classmethod
+    def recognise(cls, model: nn.Module, written: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The backbone node of a loaded `model`, as a recipe for it would have it; None for a model of another kind.
+
+        `written` is the recipe's own backbone node, empty where it has none. Raises UsageError for a model of this kind
+        that has no such node.
+        """
+        return None
+
+    @classmethod
+    def same(cls, written: Mapping[str, Any], node: Mapping[str, Any]) -> bool:
+        """Whether a recipe whose backbone is `written` is for the model whose node is `node`; both have this name."""
+        return written.get("model") in (None, node.get("model"))
+
     def adapter(self) -> Adapter:
         """The adapter of this model's class."""
         raise TypeError(f"{type(self).__name__} has no adapter")
@@ -52,7 +71,9 @@ class AdaptedSpec(BackboneSpec):
 
     def install(self, model: nn.Module, session: Session) -> None:
         """Put the session's attentions into `model`, in place."""
-        raise TypeError(f"{type(self).__name__} cannot be installed")
+        from .forwards import install
+
+        install(model, self, session)
 
     @property
     def geometry(self) -> Geometry:
@@ -96,7 +117,8 @@ def _cost(spec: AdaptedSpec, grid: Grid) -> BackboneCost:
     from torch.utils.flop_counter import FlopCounterMode
 
     adapter, settings = spec.adapter(), spec.settings()
-    model = spec.make().to("meta").eval()
+    # without gradients: the counter looks for the history of every input of a module that wants one
+    model = spec.make().to("meta").eval().requires_grad_(False)
 
     def make(*shape: int) -> Tensor:
         return torch.zeros(shape, device="meta", dtype=dtype)

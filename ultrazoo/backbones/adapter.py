@@ -140,13 +140,16 @@ class Installed:
         """A forward begins (forward pre-hook with keywords)."""
         bound = _signature(type(model)).bind(model, *args, **kwargs)
         bound.apply_defaults()
-        frame = self.adapter.frame(self.config, bound.arguments)
-        if not traced():
-            self.session.require(Grid(*frame.grid))
-        self.frame = replace(frame, step=self.session.step, branch=self.session.branch)
+        self.begin(self.adapter.frame(self.config, bound.arguments))
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 self._remember(module)
+
+    def begin(self, frame: Frame) -> None:
+        """What follows belongs to `frame`. Raises SiteError where the recipe cannot run at its grid."""
+        if not traced():
+            self.session.require(Grid(*frame.grid))
+        self.frame = replace(frame, step=self.session.step, branch=self.session.branch)
 
     def leave(self, *_: Any) -> None:
         """A forward has ended, well or not (forward hook)."""

@@ -74,25 +74,22 @@ def _copied(model: nn.Module, path: str, source: str, full: str, shape: torch.Si
     at, _, _ = path.partition(".processor.")
     host = model.get_submodule(at)
     processor: Any = host.processor
-    names = processor.names
     which, _, part = source.partition(".")
-    own_name = {"q": names.q, "k": names.k, "v": names.v, "o": names.out}[which]
-    # the stock path reads only the fused copy then: the others may be stale
-    fused = which in "qkv" and getattr(host, "fused_projections", False) and hasattr(host, names.fused)
-    name = names.fused if fused else own_name
-    linear = getattr(host, name)
-    linear = linear[0] if isinstance(linear, nn.ModuleList) else linear
+    place, third = processor.parameter(host, which, part)
+    below, _, name = place.rpartition(".")
+    linear = host.get_submodule(below)
     why = f"the start of {full} as its copy (adapt: shared and lora read no weights)"
-    with _present(model, linear, f"{at}.{name}", why):
-        require_plain(linear, f"{at}.{name}", why)
-        found = getattr(linear, part)
+    with _present(model, linear, f"{at}.{below}", why):
+        if linear is not host:
+            require_plain(linear, f"{at}.{below}", why)
+        found = getattr(linear, name)
         if found is None:
             # a copy of a projection without bias
             return torch.zeros(shape)
-        if fused:
-            found = found.chunk(3, dim=0)["qkv".index(which)]
+        if third is not None:
+            found = found.chunk(3, dim=0)[third]
         if found.shape != shape:
-            raise UsageError(f"{at}.{name}.{part} is {tuple(found.shape)}, {full} {tuple(shape)}: it cannot be a copy")
+            raise UsageError(f"{at}.{place} is {tuple(found.shape)}, {full} {tuple(shape)}: it cannot be a copy")
         return found.detach().clone()
 
 

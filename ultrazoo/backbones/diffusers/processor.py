@@ -95,6 +95,16 @@ class Processor(nn.Module):
         y, rest = found
         return y, list(rest.split([stream.q.shape[1] for stream in streams], dim=1))
 
+    def parameter(self, attn: Any, which: str, part: str) -> tuple[str, int | None]:
+        """Where `attn` keeps the `part` (weight, bias) of projection `which` (q, k, v, o): its path, and which third of it
+        that is where the three are one."""
+        # the stock path reads only the fused copy then: the others may be stale
+        if which != "o" and getattr(attn, "fused_projections", False) and hasattr(attn, self.names.fused):
+            return f"{self.names.fused}.{part}", "qkv".index(which)
+        name = self.names.out if which == "o" else getattr(self.names, which)
+        inside = ".0" if isinstance(getattr(attn, name), nn.ModuleList) else ""
+        return f"{name}{inside}.{part}", None
+
     def _aside(self) -> bool:
         """Whether this step belongs to the model's own attention."""
         attention = self.attention

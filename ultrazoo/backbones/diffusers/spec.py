@@ -13,7 +13,7 @@ from ...errors import Problem, UsageError, listed, near
 from ...options import FrozenMap, frozen, got
 from ...spec import option
 from ..adapted import AdaptedSpec, build_adapted, start_foreign
-from . import ADAPTERS, adapter_named
+from . import ADAPTERS, adapter_named, class_name_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +33,20 @@ class DiffusersSpec(AdaptedSpec):
 
     model: str = option("", "the class, such as WanTransformer3DModel; a config says it too")
     pretrained: str | None = option(None, "folder with config.json and weights; instead of config")
+
+    @classmethod
+    def serves(cls) -> str:
+        return f"{listed(ADAPTERS)} of diffusers"
+
+    @classmethod
+    def recognise(cls, model: nn.Module, written: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        name = class_name_of(model)
+        if name is None:
+            return None
+        config: Any = model.config
+        # plain JSON: what a loaded config holds beside it (tuples, dtypes) has no other spelling in a recipe
+        kept = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+        return {"name": cls.name, "model": name, "config": json.loads(json.dumps(kept, default=str))}
 
     def settled(self, beside: Callable[[str, str], Path]) -> tuple[DiffusersSpec | None, str | None, list[Problem]]:
         if self.pretrained is not None and self.config is not None:

@@ -1,0 +1,1 @@
+"""The adapter over timm's vision transformers, `VisionTransformer` and `Eva`."""

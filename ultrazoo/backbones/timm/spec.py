@@ -1,0 +1,205 @@
+"""The backbone `timm`: a vision transformer of timm with our attentions in it, by the name and arguments of create_model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import Problem, UsageError, near
+from ...grid import Grid
+from ...options import FrozenMap, frozen, got
+from ...spec import Data, Video, option
+from ..adapted import AdaptedSpec, build_adapted, start_foreign
+from .facts import CLASSES, differences, read, settings, unsupported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..adapter import Adapter
+    from ..session import Session
+
+HINT = "write backbone: {name: timm, model: NAME, config: {…}} in the recipe, as timm.create_model(NAME, …) made it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmSpec(AdaptedSpec):
+    """A vision transformer of timm. Its weights are the recipe's `weights`; nothing is downloaded."""
+
+    name: ClassVar[str] = "timm"
+    source: ClassVar[str] = "the timm library"
+    module: ClassVar[Any] = staticmethod(build_adapted)
+    minimal: ClassVar[Mapping[str, Any]] = {"model": "vit_tiny_patch16_224"}
+
+    model: str = option("", "name of a model, such as deit3_small_patch16_224")
+    config: Data | None = option(None, "arguments of timm.create_model; dynamic_img_size is true unless given")  # type: ignore[assignment]
+
+    @classmethod
+    def serves(cls) -> str:
+        return f"{' and '.join(CLASSES)} of timm"
+
+    @classmethod
+    def recognise(cls, model: nn.Module, written: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if not type(model).__module__.startswith("timm."):
+            return None
+        if why := unsupported(model):
+            raise UsageError(f"no adapter serves this model: {why}")
+        held: Any = getattr(model, "pretrained_cfg", None) or {}
+        name = written.get("model") or held.get("architecture")
+        if not name:
+            raise UsageError(f"this {type(model).__name__} does not say by which name timm made it; {HINT}")
+        config = written.get("config")
+        if config is None:
+            config = settings(model, _made(str(name), FrozenMap()))
+            # what is left out means any size when a model is built
+            config.setdefault("dynamic_img_size", bool(model.dynamic_img_size))
+        wrong = differences(model, _made(str(name), frozen(config)))
+        if wrong:
+            raise UsageError(
+                f"this {type(model).__name__} is not what timm.create_model({str(name)!r}, **{dict(config)}) makes: {wrong[0]} and "
+                f"{len(wrong) - 1} more parameters differ; {HINT}"
+            )
+        return {"name": cls.name, "model": str(name), "config": config}
+
+    @classmethod
+    def same(cls, written: Mapping[str, Any], node: Mapping[str, Any]) -> bool:
+        one, two = (str(each.get("model") or "").partition(".")[0] for each in (written, node))
+        return one in ("", two)
+
+    def settled(self, beside: Callable[[str, str], Path]) -> tuple[TimmSpec | None, str | None, list[Problem]]:
+        timm = timm_library()
+        if not self.model:
+            return None, None, [Problem("model", "the model is not named", "timm.list_models() lists the names")]
+        if not timm.is_model(self.model):
+            fix = near(self.model, timm.list_models()) or "timm.list_models() lists the names"
+            return None, None, [Problem("model", f"timm {timm.__version__} has no model {got(self.model)}", fix)]
+        config: Any = FrozenMap() if self.config is None else self.config
+        if not isinstance(config, Mapping):
+            return None, None, [Problem("config", f"expected arguments of timm.create_model, got {got(config)}")]
+        if barred := sorted(set(config) & _own_arguments()):
+            rule = "this argument of timm.create_model is not for recipes"
+            return (
+                None,
+                None,
+                [Problem(f"config.{one}", rule, "weights come from the recipe's `weights`") for one in barred],
+            )
+        config = frozen({"dynamic_img_size": True, **config})
+        try:
+            made = _made(self.model, config)
+        except Exception as error:  # an argument may make timm raise anything
+            return None, None, [Problem("config", f"timm cannot make {self.model}: {type(error).__name__}: {error}")]
+        if why := unsupported(made):
+            return (
+                None,
+                None,
+                [Problem("model", f"no adapter serves {self.model}: {why}", f"adapters serve {self.serves()}")],
+            )
+        return replace(self, config=config), None, []
+
+    def adapter(self) -> Adapter:
+        from .vit import EvaAdapter, VitAdapter
+
+        return (EvaAdapter if self.settings()["class"] == "Eva" else VitAdapter)(self.model)
+
+    def settings(self) -> Mapping[str, Any]:
+        assert isinstance(self.config, FrozenMap), "settled() comes first"
+        return _facts(self.model, self.config)
+
+    def grid(self, video: Video) -> tuple[Grid | None, list[Problem]]:
+        grid, problems = super().grid(video)
+        if grid is None:
+            return None, problems
+        facts = self.settings()
+        if grid.t != 1:
+            place = "grid" if video.grid is not None else "frames"
+            return None, [Problem(place, f"{self.model} sees one image, got {grid.t} frames")]
+        if not facts["dynamic"] and grid[1:] != facts["grid"]:
+            high, wide = (n * p for n, p in zip(facts["grid"], facts["patch"], strict=True))
+            rule = f"this model is made for images of {wide} x {high} pixels alone"
+            fix = "create it with dynamic_img_size=True, or call model.set_input_size(img_size=(height, width)) first"
+            return None, [Problem("grid" if video.grid is not None else "width", rule, fix)]
+        return grid, []
+
+    def make(self) -> nn.Module:
+        import torch
+
+        assert isinstance(self.config, FrozenMap)
+        # the meta device is for parameters alone: tables hold numbers that nothing else could give
+        with torch.device("cpu"):
+            return start_foreign(_create(self.model, self.config))
+
+    def install(self, model: nn.Module, session: Session) -> None:
+        from ..forwards import install
+        from .follow import FollowedVit
+
+        install(model, self, session, FollowedVit)
+
+
+def timm_library() -> Any:
+    """timm. Raises UsageError where it cannot be imported."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(f"timm cannot be imported ({error}); pip install 'ultrazoo[timm]'") from error
+    return timm
+
+
+@cache
+def _own_arguments() -> frozenset[str]:
+    """What create_model takes for itself: weights, places to load from, ways to export."""
+    rows = inspect.signature(timm_library().create_model).parameters.values()
+    return frozenset(row.name for row in rows if row.kind is not row.VAR_KEYWORD)
+
+
+@cache
+def _made(model: str, config: FrozenMap) -> nn.Module:
+    """The model with parameters on the meta device, for looking at; never handed out."""
+    return _create(model, config)
+
+
+@cache
+def _facts(model: str, config: FrozenMap) -> FrozenMap:
+    return FrozenMap(read(_made(model, config)))
+
+
+def _create(model: str, config: Mapping[str, Any]) -> nn.Module:
+    arguments = {key: tuple(value) if isinstance(value, tuple | list) else value for key, value in config.items()}
+    with _large_on_meta():
+        found: nn.Module = timm_library().create_model(model, pretrained=False, **arguments)
+    for module in found.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = _emptied(parameter)
+    return found
+
+
+SMALL = 1 << 16
+"""Elements of a parameter that may be there while its model is made: tables are made where learned speeds are."""
+
+
+def _emptied(parameter: nn.Parameter) -> nn.Parameter:
+    import torch
+
+    return torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+
+
+@contextmanager
+def _large_on_meta() -> Iterator[None]:
+    """While it is active, a large parameter goes to the meta device as soon as a module has it; buffers stay."""
+    from torch import nn
+
+    register = nn.Module.register_parameter
+
+    def moved(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        large = parameter is not None and parameter.numel() > SMALL
+        register(self, name, _emptied(parameter) if large else parameter)  # type: ignore[arg-type]
+
+    nn.Module.register_parameter = moved  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
