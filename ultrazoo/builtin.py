@@ -131,7 +131,7 @@ TABLE: tuple[Row, ...] = (
     Row("kernel", "flash_attn", "kernels.flash_attn:FlashAttnSpec", "the flash-attn package", ("fa2",)),
     Row("kernel", "flash_attn_3", "kernels.flash_attn:FlashAttn3Spec", "FlashAttention-3, Hopper", ("fa3",)),
     Row("kernel", "flash_attn_4", "kernels.flash_attn:FlashAttn4Spec", "FlashAttention-4, lists of blocks", ("fa4",)),
-    Row("kernel", "skip_softmax", "kernels.skip_softmax:SkipSoftmaxSpec", "skips tiles of small weights; lossy"),
+    Row("kernel", "skip_softmax", "kernels.skip_softmax:SkipSoftmaxSpec", "skips tiles of small weights"),
     Row("kernel", "xformers", "kernels.xformers:XformersSpec", "xformers memory-efficient attention"),
     Row("backbone", "wan", "backbones.wan:WanSpec", "Wan 2.1 and 2.2 text-to-video transformer"),
     Row("backbone", "diffusers", "backbones.diffusers.spec:DiffusersSpec", "a transformer class of diffusers"),

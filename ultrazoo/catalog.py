@@ -35,7 +35,8 @@ class OptionRow:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything known about one part. `start`, `limits` and `export` are empty where they do not apply."""
+    """Everything known about one part. `start`, `limits` and `export` are empty where they do not apply; `others` are kinds
+    that have a part of this name, too."""
 
     kind: str
     name: str
@@ -51,6 +52,7 @@ class Description:
     export: tuple[str, ...]
     presets: tuple[str, ...]
     recipe: Mapping[str, Any] | None
+    others: tuple[str, ...] = ()
 
     def data(self) -> dict[str, Any]:
         """The description as plain data."""
@@ -60,9 +62,10 @@ class Description:
 def describe(name: str, kind: str | None = None) -> Description:
     """Everything known about the part called `name` (an alias will do); imports it.
 
-    Raises RegistryError when no kind has the name, or when several do and `kind` does not choose.
+    A name of several kinds is that of the attention. Raises RegistryError when no kind has the name, or when several do,
+    none of them attention, and `kind` does not choose.
     """
-    row = _locate(name, kind)
+    row, others = _locate(name, kind)
     cls = registry.find(row.kind, row.name)
     spec = _example(cls)
     traits = spec.traits() if isinstance(spec, AttentionSpec) else None
@@ -81,12 +84,12 @@ def describe(name: str, kind: str | None = None) -> Description:
         export=tuple(traits.export) if traits else (),
         presets=tuple(getattr(cls, "presets", ()) or ()),
         recipe=_minimal(cls),
+        others=others,
     )
 
 
-def _locate(name: str, kind: str | None) -> Entry:
-    if kind is not None:
-        return registry.entry(kind, name)
+def _locate(name: str, kind: str | None) -> tuple[Entry, tuple[str, ...]]:
+    """The part, and the other kinds that have one of this name; an attention comes before parts of attentions."""
     found = []
     for each in registry.KINDS:
         known = {alias.casefold() for row in registry.entries(each) for alias in (row.name, *row.aliases)}
@@ -95,13 +98,17 @@ def _locate(name: str, kind: str | None) -> Entry:
     # a part's own name beats an alias of another kind's
     exact = [each for each in found if any(row.name == name for row in registry.entries(each))]
     found = exact or found
-    if len(found) > 1:
+    if kind is not None:
+        row = registry.entry(kind, name)
+        return row, tuple(each for each in found if each != kind)
+    if len(found) > 1 and "attention" not in found:
         raise RegistryError(f"{name!r} is the name of several parts; choose with --kind: {listed(found)}")
     if not found:
         everything = sorted({alias for row in registry.entries() for alias in (row.name, *row.aliases)})
         hint = near(name, everything) or "`ultrazoo list` shows every name"
         raise RegistryError(f"nothing is called {name!r}; {hint}")
-    return registry.entry(found[0], name)
+    first = "attention" if "attention" in found else found[0]
+    return registry.entry(first, name), tuple(each for each in found if each != first)
 
 
 def _options(cls: Any) -> tuple[OptionRow, ...]:
@@ -151,7 +158,11 @@ def _minimal(cls: Any) -> dict[str, Any] | None:
     if cls.kind == "attention":
         return _recipe(cls.name, attention=part)
     if cls.kind == "kernel":
-        return _recipe(cls.name, attention={"name": "full", "kernel": cls.name})
+        if "name" in cls.beside:
+            # an attention of its own runs it, and has no other kernel
+            return _recipe(cls.name, attention=dict(cls.beside))
+        around = {"name": "block_sparse" if "block_map" in cls.needs else "full", **cls.beside}
+        return _recipe(cls.name, attention={**around, "kernel": cls.name})
     if cls.kind in _OF_BLOCK_SPARSE:
         around = {"name": "block_sparse", **cls.beside, _OF_BLOCK_SPARSE[cls.kind]: part}
         return _recipe(cls.name, attention=around)

@@ -103,7 +103,8 @@ class Site:
     """The torch-free facts of one place where attention happens.
 
     `heads` are the heads this attention computes; `host_heads` those the host projects (they differ only inside
-    `by_head`). `heads * head_dim` need not equal `dim`, the channels of the stream.
+    `by_head`). `heads * head_dim` need not equal `dim`, the channels of the stream. `steps` are the sampling steps of a clip,
+    None where nobody says.
     """
 
     dim: int
@@ -117,6 +118,7 @@ class Site:
     rope: Rope | None = None
     has_timestep: bool = True
     host_heads: int | None = None
+    steps: int | None = None
 
     @property
     def tokens(self) -> int:

@@ -41,7 +41,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (ruled("topk", share=0), "selector.rule.share", "more than 0"),
     (ruled("topk", share=1.5), "selector.rule.share", "at most 1"),
     (ruled("topk", share=-0.1), "selector.rule.share", "more than 0"),
-    (ruled("topk", share=None), "selector.rule.share", "give one of them"),
+    (ruled("topk", share=0.1, count=2), "selector.rule.share", "give one of them"),
     (ruled("topk", least=0), "selector.rule.least", "at least 1"),
     (ruled("topk", multiple=0), "selector.rule.multiple", "at least 1"),
     (ruled("topk", tau=1.0), "selector.rule.tau", "options are share, rounding, count"),
@@ -96,6 +96,11 @@ def test_wrong_options_name_their_path_and_what_to_write(options: dict[str, Any]
     ("options", "path", "fix"),
     [
         (ruled("topk", count=100), "selector.rule.count", "100 of 1 key blocks"),
+        (
+            {"order": {"name": "raster", "block": 8}, **ruled("topk", share=0.1, multiple=16)},
+            "selector.rule.multiple",
+            "every choice is all 14 key blocks",
+        ),
         ({"selector": {**POOLED, "runs": [2, 200]}}, "selector.runs", "at most 128"),
         (
             {"selector": {"name": "union", "of": [{"name": "band"}, {**POOLED, "rule": {"name": "topk", "count": 9}}]}},
@@ -103,7 +108,7 @@ def test_wrong_options_name_their_path_and_what_to_write(options: dict[str, Any]
             "at most 1",
         ),
     ],
-    ids=["count", "runs", "inside a union"],
+    ids=["count", "multiple", "runs", "inside a union"],
 )
 def test_what_only_the_size_shows_is_told_when_the_size_is_known(options: dict[str, Any], path: str, fix: str) -> None:
     with pytest.raises(SiteError) as caught:

@@ -200,6 +200,33 @@ def test_describe_tells_kinds_apart(capsys):
     assert here(capsys, "describe", "Dense").code == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("radial", "selector"), ("linear", "far_field"), ("skip_softmax", "kernel")],
+)
+def test_a_name_of_an_attention_and_a_part_is_the_attention(capsys, name, other):
+    ran = here(capsys, "describe", name)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith(f"attention {name}: ")
+    assert "also a" in ran.out
+    assert f"{other} (--kind {other})" in ran.out
+    assert json.loads(here(capsys, "describe", name, "--json").out)["others"] == [other]
+    assert here(capsys, "describe", name, "--kind", other).out.startswith(f"{other} {name}: ")
+
+
+def test_what_is_said_of_a_kernel_is_said_once(capsys):
+    row = next(line for line in here(capsys, "list", "kernels").out.splitlines() if line.startswith("skip_softmax"))
+    assert row.count("lossy") == 1
+
+
+def test_a_plan_says_where_weights_start(capsys, place):
+    assert "weights" in here(capsys, "plan", "tiny.yaml").out
+    assert "none named: every parameter starts as the seed says" in here(capsys, "plan", "ultragen_4k").out
+    named = here(capsys, "plan", "tiny.yaml", "weights={path: w.safetensors, format: wan}").out
+    assert "w.safetensors (wan)" in named
+    assert "none named" not in named
+
+
 def test_env(capsys):
     ran = here(capsys, "env")
     assert ran.code == 0

@@ -81,6 +81,21 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"attention": {"*": ["full"]}}, "attention.*", "a name or a mapping with 'name'"),
     ({"attention": {"*": {"name": "full", "window": 3}}}, "attention.*.window", "unknown option of attention 'full'"),
     ({"attention": {"*": {"name": "full", "kernel": "sdpaa"}}}, "attention.*.kernel", "sdpa"),
+    ({"attention": {"*": {"name": "full", "kernel": "gathered"}}}, "attention.*.kernel", "is for block maps only"),
+    ({"attention": {"*": {"name": "video_sparse", "kernel": "sdpa"}}}, "attention.*", "takes no block_map"),
+    (
+        {
+            "sampling": {"steps": 10},
+            "attention": {
+                "*": {
+                    "name": "block_sparse",
+                    "selector": {"name": "budget", "of": {"name": "pooled"}, "steps": {"0-3": 1.0, "4-10": 0.5}},
+                }
+            },
+        },
+        "attention.*.selector.steps.4-10",
+        "step 10 does not exist: sampling takes 10 steps, 0-9",
+    ),
     ({"attention": {"*": "full", "0-2,27": "full"}}, "attention.0-2,27", "layer 27 does not exist"),
     ({"attention": {"*": "full", "first9": "full"}}, "attention.first9", "has 6"),
     ({"attention": {"*": "full", "0-2": "full", "2-3": "full"}}, "attention.2-3", "claimed by '0-2' too"),

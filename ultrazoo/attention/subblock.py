@@ -54,7 +54,7 @@ class SubblockSpec(AttentionSpec):
         return self if self.problems(site) else self._composition()
 
     def _composition(self) -> BlockSparseSpec:
-        rule = TopKSpec(share=round(1 - self.sparsity, 12), multiple=self.multiple)
+        rule = TopKSpec(share=round(1 - self.sparsity, 12), multiple=self.multiple, short="all")
         selector = PooledSpec(rule=rule, runs=self.runs)
         return BlockSparseSpec(order=RasterSpec(block=self.block), selector=selector, kernel=self.kernel)
 

@@ -30,6 +30,7 @@ def command(
     facts += [["start", found.start]] if found.start else []
     facts += [["presets", ", ".join(found.presets)]] if found.presets else []
     facts += [["exports to", ", ".join(found.export)]] if found.export else []
+    facts += [["also a", ", ".join(f"{kind} (--kind {kind})" for kind in found.others)]] if found.others else []
     out.echo(out.style(f"{found.kind} {found.name}", "bold") + f": {found.summary}")
     out.echo(out.table(facts, indent="  "))
     if found.formula:

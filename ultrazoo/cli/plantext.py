@@ -47,8 +47,13 @@ def _head(plan: Plan) -> str:
     ]
     if resolved.source:
         rows.insert(0, ["source", resolved.source])
-    if resolved.weights:
-        rows.append(["weights", f"{resolved.weights.path} ({resolved.weights.format})"])
+    named = resolved.weights
+    rows.append(
+        [
+            "weights",
+            f"{named.path} ({named.format})" if named else "none named: every parameter starts as the seed says",
+        ]
+    )
     if resolved.plugins:
         rows.append(["plugins", ", ".join(str(row["name"]) for row in resolved.plugins)])
     rows.append(["hash", plan.hash])

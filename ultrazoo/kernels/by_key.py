@@ -7,7 +7,7 @@ weights again from the log-sum-exp (Dao et al., arXiv 2205.14135; by key block a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ class ByKeySpec(KernelSpec):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     takes: ClassVar[frozenset[str]] = frozenset({"key_mask", "block_map", "lse", "unequal"})
     needs: ClassVar[frozenset[str]] = frozenset({"block_map"})
+    beside: ClassVar[Mapping[str, Any]] = {"order": {"name": "tiles_by_query"}}
 
     @classmethod
     def never(cls, passes: Collection[str], queries: Blocks | None = None, keys: Blocks | None = None) -> list[str]:

@@ -7,8 +7,9 @@ tiles of a row are never skipped, so the order of keys matters. 0 skips nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class SkipSoftmaxSpec(KernelSpec):
     takes: ClassVar[frozenset[str]] = frozenset({"key_mask", "log_weight", "unequal", "threshold"})
     needs: ClassVar[frozenset[str]] = frozenset({"threshold"})
     exact: ClassVar[bool] = False
+    beside: ClassVar[Mapping[str, Any]] = {"name": "skip_softmax"}
 
     @classmethod
     @outside_graphs

@@ -116,10 +116,10 @@ def _place(work: _Work, read: sections.Sections) -> None:
     if read.video is not None:
         work.grid, found = backbone.grid(read.video)
         work.problems += [problem.under("video") for problem in found]
-    _sites(work, backbone, work.grid or Grid(1, 1, 1))
+    _sites(work, backbone, work.grid or Grid(1, 1, 1), None if read.sampling is None else read.sampling.steps)
 
 
-def _sites(work: _Work, backbone: BackboneSpec, grid: Grid) -> None:
+def _sites(work: _Work, backbone: BackboneSpec, grid: Grid, steps: int | None) -> None:
     try:
         sites = backbone.sites(grid)
     except (ValueError, ZeroDivisionError, UltrazooError) as error:
@@ -128,7 +128,7 @@ def _sites(work: _Work, backbone: BackboneSpec, grid: Grid) -> None:
     wrong = [problem.under("backbone") for problem in backbone.problems(sites[0])]
     work.problems += wrong
     if work.grid is not None and not wrong:
-        work.sites = sites
+        work.sites = tuple(site.at(steps=steps) for site in sites)
 
 
 def _steps(work: _Work, read: sections.Sections) -> list[tuple[int, int, dict[int, Placed]]]:

@@ -73,12 +73,12 @@ class BudgetSpec(SelectorSpec):
         if self.heads is not None and len(self.heads) != site.heads:
             rule = f"{len(self.heads)} shares for {site.heads} heads"
             found.append(Problem("heads", rule, "give one per head"))
-        found += self._step_problems()
+        found += self._step_problems(site.steps)
         if not getattr(getattr(self.of, "rule", None), "name", "").startswith("topk"):
             found.append(Problem("of", "has no kept share", "give a pooled selector with rule topk"))
         return found
 
-    def _step_problems(self) -> list[Problem]:
+    def _step_problems(self, count: int | None) -> list[Problem]:
         found: list[Problem] = []
         taken: list[tuple[range, str]] = []
         for key in self.steps or {}:
@@ -86,6 +86,11 @@ class BudgetSpec(SelectorSpec):
                 spans = ranges_of(key)
             except ValueError as error:
                 found.append(Problem(f"steps.{key}", str(error), "write 0-9 or 0,4-6"))
+                continue
+            last = max(span[-1] for span in spans)
+            if count is not None and last >= count:
+                rule = f"step {last} does not exist: sampling takes {count} steps, 0-{count - 1}"
+                found.append(Problem(f"steps.{key}", rule, f"name steps up to {count - 1}, or more sampling.steps"))
                 continue
             for span in spans:
                 twice = [

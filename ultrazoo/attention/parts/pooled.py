@@ -53,11 +53,7 @@ class PooledSpec(SelectorSpec):
         return found
 
     def place_problems(self, place: Place, site: Site) -> list[Problem]:
-        found = []
-        count = getattr(self.rule, "count", None)
-        added = getattr(self.rule, "competing", "") == "added"
-        if count is not None and count > (blocks := place.grid_keys if added else place.selectable):
-            found.append(Problem("rule.count", f"{count} of {blocks} key blocks", f"at most {blocks}"))
+        found = [one.under("rule") for one in self.rule.place_problems(place.selectable, place.extra_selectable)]
         for runs, size, of in zip(self.runs, place.whole, ("query", "key"), strict=False):
             # a tile that the grid cuts may have fewer tokens than runs, and is exact
             if runs > (whole := max(size, place.whole[2])):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +29,10 @@ class RuleSpec(Options):
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
         """Scores (B, heads, rows, blocks), fp32 or wider, of query blocks from `lo` on → bool of the same shape."""
         raise TypeError(f"{type(self).__name__} chooses nothing")
+
+    def place_problems(self, blocks: int, extra: int = 0) -> list[Problem]:
+        """What is wrong with so many selectable blocks, of which `extra` are of extra tokens."""
+        return []
 
     def keeps_all(self) -> bool:
         """Does the rule keep every block whatever the scores?"""
@@ -79,10 +83,11 @@ class TopKSpec(RuleSpec):
 
     name: ClassVar[str] = "topk"
 
-    share: float | None = option(0.1, "share of the key blocks", gt=0, le=1)
+    share: float | None = option(None, "share of the key blocks; null: 0.1 where there is no count", gt=0, le=1)
     rounding: Literal["up", "down"] = option("up", "a share that is no whole number of blocks")
     count: int | None = option(None, "number of key blocks, instead of a share", ge=1)
     multiple: int = option(1, "round the number up to a multiple of this", ge=1)
+    short: Literal["refuse", "all"] = option("refuse", "no more blocks than `multiple`: a problem, or all are kept")
     least: int = option(1, "never fewer than this", ge=1)
     soft: float | None = option(
         None, "temperature of SoftTop-k (SLA2): every block weighed, by weights that add up to the number; dense", gt=0
@@ -99,8 +104,7 @@ class TopKSpec(RuleSpec):
         among = blocks - added
         if keep is None and self.count is not None:
             return rounded(self.count, among, self.multiple, self.least) + added
-        share = self.share if keep is None else keep
-        assert share is not None
+        share = self.own_share if keep is None else keep
         return kept(share, among, self.multiple, self.least, self.rounding == "down") + added
 
     def weight(self, blocks: int, extra: int = 0) -> float:
@@ -109,13 +113,32 @@ class TopKSpec(RuleSpec):
         among = blocks - added
         if self.count is not None:
             return min(self.count, among) + added
-        assert self.share is not None
-        return min(among, max(self.least, self.share * among)) + added
+        return min(among, max(self.least, self.own_share * among)) + added
 
     def problems(self, site: Site) -> list[Problem]:
-        if self.count is None and self.share is None:
-            return [Problem("share", "neither share nor count is given", "give one of them")]
+        if self.count is not None and self.share is not None:
+            return [Problem("share", f"count: {self.count} is given as well", "give one of them")]
         return []
+
+    def place_problems(self, blocks: int, extra: int = 0) -> list[Problem]:
+        """What is wrong with so many blocks, of which `extra` are of extra tokens."""
+        among = blocks - extra if self.competing == "added" else blocks
+        if self.count is not None and self.count > among:
+            return [Problem("count", f"{self.count} of {among} key blocks", f"at most {among}")]
+        if (
+            self.short == "refuse"
+            and self.multiple >= among
+            and replace(self, multiple=1).number(blocks, None, extra) < blocks
+        ):
+            rule = f"up to a multiple of {self.multiple}, every choice is all {among} key blocks"
+            fix = f"at most {among - 1}, smaller blocks, or short: all"
+            return [Problem("multiple", rule, fix)]
+        return []
+
+    @property
+    def own_share(self) -> float:
+        """The share where no count is given."""
+        return 0.1 if self.share is None else self.share
 
     def counts(self, blocks: int, keep: float | None = None, extra: int = 0) -> tuple[int, float, int]:
         number = blocks if self.soft is not None else self.number(blocks, keep, extra)
