@@ -88,6 +88,7 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "in_chans": lambda model: model.patch_embed.proj.in_channels,
     "embed_dim": lambda model: model.embed_dim,
     "depth": lambda model: len(model.blocks),
+    "qk_norm": lambda model: not isinstance(model.blocks[0].attn.q_norm, nn.Identity),
     "num_heads": lambda model: model.blocks[0].attn.num_heads,
     "num_classes": lambda model: model.num_classes,
     "global_pool": lambda model: model.global_pool,

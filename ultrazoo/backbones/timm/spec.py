@@ -88,16 +88,18 @@ class TimmSpec(AdaptedSpec):
                 [Problem(f"config.{one}", rule, "weights come from the recipe's `weights`") for one in barred],
             )
         config = frozen({"dynamic_img_size": True, **config})
+        wrong = ""
         try:
             made = _made(self.model, config)
         except Exception as error:  # an argument may make timm raise anything
-            return None, None, [Problem("config", f"timm cannot make {self.model}: {type(error).__name__}: {error}")]
+            wrong = f"timm cannot make {self.model}: {type(error).__name__}: {error}"
+            # a model of another kind takes other arguments
+            made = _made(self.model, FrozenMap())
         if why := unsupported(made):
-            return (
-                None,
-                None,
-                [Problem("model", f"no adapter serves {self.model}: {why}", f"adapters serve {self.serves()}")],
-            )
+            rule = f"no adapter serves {self.model}: {why}"
+            return None, None, [Problem("model", rule, f"adapters serve {self.serves()}")]
+        if wrong:
+            return None, None, [Problem("config", wrong)]
         return replace(self, config=config), None, []
 
     def adapter(self) -> Adapter:
