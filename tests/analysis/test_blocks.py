@@ -8,8 +8,13 @@ import pytest
 from tests.cost.fakes import Rows, Share, Toy
 from ultrazoo.analysis import blocks, text
 from ultrazoo.analysis.influence import Silent, grouped
+from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.branched import BranchedSpec, BranchSpec
 from ultrazoo.attention.parts.layouts import WindowsSpec
+from ultrazoo.attention.parts.orders import RasterSpec
+from ultrazoo.attention.parts.pooled import PooledSpec
+from ultrazoo.attention.parts.rules import TopPSpec
+from ultrazoo.attention.parts.selectors import BandSpec
 from ultrazoo.errors import UsageError
 from ultrazoo.grid import Grid
 
@@ -104,3 +109,18 @@ def test_text_fits_the_terminal(width):
     assert "15 blocks of 1x1x7 tokens, every query looked at" in drawn
     for words in ("frame", "33 % of block pairs", "row", "6.7 % of block pairs", "100 % of block pairs"):
         assert words in drawn
+
+
+def test_a_map_of_a_dynamic_design_says_what_is_computed_inside_it():
+    """All blocks may be chosen, a fifth of them is."""
+    spec = BlockSparseSpec(order=RasterSpec(block=7), selector=PooledSpec(rule=TopPSpec(floor=0.1, expected=0.2)))
+    site = Toy(dim=24, heads=2).sites(GRID)[0]
+    (one,) = blocks.block_maps(spec, site).values()
+    assert one.seen == 1
+    assert one.visits == pytest.approx((2 / 15, 0.2, 1))
+    assert one.title().endswith("; inside it the data choose, about 20 % of all pairs (13 % to 100 %)")
+    assert one.data()["visits"]["expected"] == pytest.approx(0.2)
+    fixed = blocks.block_maps(BlockSparseSpec(order=RasterSpec(block=7), selector=BandSpec()), site)["all"]
+    assert fixed.visits is None
+    assert "choose" not in fixed.title()
+    assert fixed.data()["visits"] is None

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cost.units import count
+from ..cost.units import count, percent
 from ..errors import UsageError
 from ..grid import Grid
 from ..spec import AttentionSpec, Site
@@ -33,7 +33,8 @@ class BlockMap:
     """`share` (blocks, blocks): of the pairs of a query and a token of two blocks, how many the query may depend on.
 
     `block`: tokens of a block along T, H and W (the last ones may be shorter); `counts`: blocks along them. `looked_at` of
-    the `of` queries of a whole block were asked.
+    the `of` queries of a whole block were asked. `visits`, where the data choose: of all pairs of tokens, the share that is
+    computed, fewest, expected and most, as the plan prices it; None where the map is what is computed.
     """
 
     block: tuple[int, int, int]
@@ -41,6 +42,7 @@ class BlockMap:
     share: np.ndarray
     looked_at: int
     of: int
+    visits: tuple[float, float, float] | None = None
 
     @property
     def blocks(self) -> int:
@@ -59,7 +61,11 @@ class BlockMap:
         """``63 blocks of 3x46x80 tokens, 2 of 11 040 queries of each looked at``."""
         sizes = "x".join(map(str, self.block))
         looked = "every query" if self.exact else f"{count(self.looked_at)} of {count(self.of)} queries of each"
-        return f"{self.blocks} block{'s' * (self.blocks != 1)} of {sizes} tokens, {looked} looked at"
+        title = f"{self.blocks} block{'s' * (self.blocks != 1)} of {sizes} tokens, {looked} looked at"
+        if self.visits is None:
+            return title
+        least, expected, most = map(percent, self.visits)
+        return f"{title}; inside it the data choose, about {expected} of all pairs ({least} to {most})"
 
     def data(self) -> dict[str, Any]:
         """The map as plain data, shares to four digits."""
@@ -68,6 +74,9 @@ class BlockMap:
             "counts": list(self.counts),
             "queries_looked_at": self.looked_at,
             "queries_of_a_block": self.of,
+            "visits": None
+            if self.visits is None
+            else dict(zip(("least", "expected", "most"), self.visits, strict=True)),
             "share": [[round(float(value), 4) for value in row] for row in self.share],
         }
 
@@ -126,7 +135,20 @@ def block_maps(
             share = shares.setdefault(name, np.zeros((blocks, blocks)))
             np.add.at(share, owner[low : low + step], _pooled(seen.any(axis=0), grid, starts) / sizes)
     looked_at = np.bincount(owner, minlength=blocks)[:, None]
-    return {name: BlockMap(block, counts, share / looked_at, min(most, whole), whole) for name, share in shares.items()}
+    visits = {ALL: _visits(spec, site)}
+    return {
+        name: BlockMap(block, counts, share / looked_at, min(most, whole), whole, visits.get(name))
+        for name, share in shares.items()
+    }
+
+
+def _visits(spec: AttentionSpec, site: Site) -> tuple[float, float, float] | None:
+    """Shares of all pairs that are computed, where the data choose them."""
+    cost = spec.cost(site)
+    if cost.pairs_min is None or cost.pairs_max is None or cost.pairs_min == cost.pairs_max:
+        return None
+    everything = (site.tokens + site.extra_tokens) ** 2
+    return cost.pairs_min / everything, cost.pairs / everything, cost.pairs_max / everything
 
 
 def _asked(spec: AttentionSpec, site: Site, queries: list[int]) -> dict[str, np.ndarray]:
