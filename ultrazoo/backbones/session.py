@@ -93,7 +93,7 @@ class Session:
         before = self.step, self.branch
         if step is not None and count is not None:
             self.select(step, count, branch)
-        elif self.step is not None and self.branch is None:
+        elif self.branch is None:
             self.branch = branch
         try:
             yield
