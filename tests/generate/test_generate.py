@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.generate.tiny_pipelines import MAKERS, pipeline_folder
-from ultrazoo.errors import OutputError, UsageError
+from ultrazoo.errors import OutputError, UltrazooError, UsageError
 from ultrazoo.generate import media
 from ultrazoo.generate.families import BY_PIPELINE, Request
 from ultrazoo.generate.latents import Latents
@@ -152,7 +152,7 @@ def test_decoding_goes_on_from_saved_latents(folder, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("ultrazoo.generate.decoding.through", fails)
-        with pytest.raises(OutputError, match=r"go on in tiles with: .*--from-latents"):
+        with pytest.raises(UltrazooError, match=r"go on in tiles with: .*--from-latents"):
             generate(recipe(folder, FULL), folder, wanted(tmp_path, folder), say=quiet)
     first = wanted(tmp_path, folder)
     assert first.saved.is_file()

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import assemble, inplace
+from ..backbones import recognised
 from ..backbones.diffusers.spec import DiffusersSpec
 from ..errors import OutputError, RecipeError, UsageError
 from ..grid import Grid
@@ -93,7 +94,7 @@ def built_model(source: Any, directory: str | Path, family: Family) -> nn.Module
         raise UsageError(f"{directory} has two transformers, and {source} would take the place of one; use a recipe")
     model = assemble.from_pretrained(source)
     name = model.plan.resolved.backbone.name
-    if inplace.NATIVE.get(name) != family.model:
+    if not recognised.same({"name": name}, {"name": "diffusers", "model": family.model}):
         raise UsageError(f"{source} is a {name!r} model, the pipeline is for {family.model}")
     due = settings_of(directory, "transformer")
     differ = [
@@ -117,7 +118,8 @@ def plan_of(source: Any, directory: str | Path, family: Family, wanted: Wanted, 
         "dtype": wanted.dtype,
     }
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
-    if wanted.width is not None or wanted.height is not None:
+    if wanted.width is not None and wanted.height is not None:
+        # a whole size takes the place of a grid; one side alone is for a recipe that has the other
         more.insert(0, "video.grid=null")
     config = str(Path(directory).absolute() / "transformer")
     node: dict[str, Any] = {"name": "diffusers", "model": family.model, "config": config}

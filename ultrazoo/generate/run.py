@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import assemble, inplace
-from ..errors import OutputError, UsageError
+from ..errors import OutputError, UltrazooError, UsageError
 from . import before, memory
 from .decoding import KEPT, decode, forget
 from .families import Request
@@ -153,7 +153,7 @@ def _kept(saved: Path, directory: str | Path, wanted: Wanted, say: Say) -> Itera
     except OutputError as error:
         raise OutputError(f"{error}\nthe latents are kept; go on with: {again}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutputError(
+        raise UltrazooError(
             f"decoding ran out of memory ({str(error).splitlines()[0] if str(error) else 'no more was said'})\n"
             f"the latents are kept; go on in tiles with: {again} --tile on"
         ) from error

@@ -1,0 +1,239 @@
+"""Which transformers run, how often, at which step: built models, two experts, guidance, offloading, memory."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.program import apart, here
+from tests.generate.commands import made, refused
+from tests.generate.tiny_pipelines import pipeline_folder
+from tests.generate.tiny_pipelines import wan as make_wan
+from ultrazoo.generate import memory
+from ultrazoo.generate.families import BY_PIPELINE, Request
+from ultrazoo.generate.latents import Latents
+from ultrazoo.generate.run import generate
+from ultrazoo.generate.wanted import Wanted
+from ultrazoo.testing import error_ratio
+
+SIZES = {"video": {"width": 64, "height": 64, "frames": 9}, "sampling": {"steps": 3, "guidance": 4.0}}
+FULL = {"*": {"name": "full"}}
+WINDOWS = {"*": {"name": "branched", "branches": {"near": {"layout": {"name": "windows", "counts": [2, 2]}}}}}
+NATIVE = {"dim": 48, "layers": 3, "heads": 2, "ffn_dim": 32, "channels": 4, "text_dim": 12, "time_dim": 16}
+
+
+def recipe(attention: Any, **more: Any) -> dict[str, Any]:
+    return {"name": "tiny", **SIZES, "attention": attention, "dtype": "float32", **more}
+
+
+def latents(source: Any, folder: Path, out: Path, lines: list[str] | None = None, **more: Any) -> torch.Tensor:
+    """What is sampled. `lines` gets what is said."""
+    said = lines if lines is not None else []
+    wanted = Wanted("a red ball", out.with_suffix(".mp4"), **more)
+    return Latents.load(generate(source, folder, wanted, say=said.append).latents).video[0]
+
+
+# a built model in the transformer's place
+
+
+@pytest.fixture
+def build(place: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Builds a native Wan into the folder `name` and gives its path."""
+
+    def building(
+        name: str, attention: Any = FULL, weights: Path | None = None, more: Any = None, **changes: Any
+    ) -> Path:
+        node = {"name": "wan", **NATIVE, **changes}
+        found = recipe(attention, backbone=node, **(more or {}))
+        if weights is not None:
+            found["weights"] = {"path": str(weights)}
+        (place / f"{name}.yaml").write_text(json.dumps(found))
+        ran = here(capsys, "build", f"{name}.yaml", "-o", name)
+        assert ran.code == 0, ran.err
+        return place / name
+
+    return building
+
+
+def test_a_built_model_with_the_pipelines_weights(place, wan, build):
+    lines: list[str] = []
+    model = build("native", weights=wan / "transformer")
+    ours = latents(model, wan, place / "ours", lines)
+    theirs = latents(recipe({"*": {"name": "original"}}), wan, place / "theirs")
+    assert error_ratio(ours, theirs) < 1e-4
+    assert not any("warning" in line for line in lines)
+    tuned = build("local", WINDOWS, weights=wan / "transformer")
+    other = latents(tuned, wan, place / "other", lines)
+    assert error_ratio(other, theirs) > 1e-2
+    assert any(line.startswith("warning: branched needs tuning") for line in lines)
+    # the same as the adapter's, and at a size that it was not built for
+    assert error_ratio(other, latents(recipe(WINDOWS), wan, place / "adapted")) < 1e-4
+    wide = latents(tuned, wan, place / "wide", width=96, frames=5)
+    assert wide.shape == (1, 4, 2, 8, 12)
+    assert error_ratio(wide, latents(recipe(WINDOWS), wan, place / "wide2", width=96, frames=5)) < 1e-4
+
+
+def test_a_built_model_knows_its_steps(capsys, place, wan, build):
+    steps = {"steps": {"0": FULL}}
+    model = build("stepped", WINDOWS, weights=wan / "transformer", more=steps)
+    asked = ("--pipeline", str(wan), "-o", "o.mp4", "--prompt", "a red ball", "--steps", "4")
+    refused(here(capsys, "generate", str(model), *asked), "at some of 3 steps, got --steps 4")
+    ours = latents(model, wan, place / "ours")
+    assert error_ratio(ours, latents(recipe(WINDOWS, **steps), wan, place / "theirs")) < 1e-4
+    assert error_ratio(ours, latents(recipe(WINDOWS), wan, place / "near")) > 1e-3
+
+
+def test_built_models_that_do_not_fit(capsys, place, wan, build):
+    lines: list[str] = []
+    latents(build("random"), wan, place / "random", lines)
+    assert any("built without weights: its numbers are random" in line for line in lines)
+
+    def run(name: str, *more: str) -> Any:
+        asked = ("--pipeline", str(wan), "-o", "o.mp4", "--prompt", "a red ball")
+        return here(capsys, "generate", name, *more, *asked)
+
+    build("wider", channels=8)
+    refused(run("wider"), "in_channels is 8, the pipeline's 4; out_channels is 8, the pipeline's 4")
+    refused(run("random", "attention.*.name=full"), "is built: key=value changes nothing in it")
+    refused(run("random", "--size", "61x64"), "nearest legal: 48 or 64")
+    image = pipeline_folder("PixArtSigmaPipeline", place / "pixart")
+    asked = ("--pipeline", str(image), "-o", "o.png", "--prompt", "a")
+    refused(here(capsys, "generate", "random", *asked), "is a 'wan' model, the pipeline is for PixArt")
+    assert not (place / "o.mp4").exists()
+
+
+# two experts
+
+
+def test_two_experts_both_run_the_recipe(capsys, place, build):
+    torch.manual_seed(0)
+    folder = place / "two"
+    make_wan(folder, experts=2)
+    import diffusers
+
+    pipeline = diffusers.WanPipeline.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    family = BY_PIPELINE["WanPipeline"]
+    arguments = family.arguments(Request("a red ball", 64, 64, 9, 3, 4.0))
+    with torch.no_grad():
+        due = pipeline(**arguments, output_type="latent", generator=torch.Generator().manual_seed(0)).frames
+    full = latents(recipe(FULL), folder, place / "full")
+    # zero mean and unit deviation of this VAE's latents: what is decoded is what was sampled
+    assert error_ratio(full, due) < 1e-4
+    near = latents(recipe(WINDOWS), folder, place / "near")
+    # the last step is the second expert's alone, so its attention and its count of steps are seen there
+    last = latents(recipe(WINDOWS, steps={"2": FULL}), folder, place / "last")
+    assert error_ratio(near, full) > 1e-2
+    assert error_ratio(last, near) > 1e-4
+    every = latents(recipe(WINDOWS, steps={"0-2": FULL}), folder, place / "every")
+    assert torch.equal(every, full)
+    model = build("random")
+    asked = ("--pipeline", str(folder), "-o", "o.mp4", "--prompt", "a")
+    refused(here(capsys, "generate", str(model), *asked), "has two transformers")
+
+
+# guidance
+
+
+FORWARDS = {
+    # two forwards a step, told apart by what the pipeline calls them
+    "WanPipeline": ("cond", "uncond"),
+    "HunyuanVideo15Pipeline": ("pred_cond", "pred_uncond"),
+    "QwenImagePipeline": ("cond", "uncond"),
+    "Flux2KleinPipeline": ("cond", "uncond"),
+    # one forward: of a doubled batch, or with the scale as an input
+    "PixArtSigmaPipeline": (None,),
+    "Flux2Pipeline": (None,),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forwards_of_a_step(place, monkeypatch, name):
+    import diffusers
+
+    folder = pipeline_folder(name, place / "pipe")
+    family = BY_PIPELINE[name]
+    cls = getattr(diffusers, family.model)
+    seen: list[tuple[Any, ...]] = []
+    forward = cls.forward
+
+    @functools.wraps(forward)
+    def noting(self: Any, hidden_states: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        # pricing the plan runs a model of its own, without attentions
+        if hasattr(self, "session"):
+            seen.append((self.session.step, self.session.branch, len(hidden_states)))
+        return forward(self, hidden_states, *rest, **more)
+
+    monkeypatch.setattr(cls, "forward", noting)
+    asked = recipe(FULL, video={"width": 64, "height": 64, "frames": 9 if family.kind == "video" else 1})
+    suffix = ".mp4" if family.kind == "video" else ".png"
+
+    def sampled(label: str, **more: Any) -> torch.Tensor:
+        wanted = Wanted("a red ball", place / f"{label}{suffix}", **more)
+        return Latents.load(generate(asked, folder, wanted, say=lambda _: None).latents).video[0]
+
+    guided = sampled("guided")
+    batch = 2 if family.doubled else 1
+    assert seen == [((step, 3), branch, batch) for step in range(3) for branch in FORWARDS[name]]
+    seen.clear()
+    alone = sampled("alone", guidance=1.0)
+    assert seen == [((step, 3), FORWARDS[name][0], 1) for step in range(3)]
+    assert not torch.allclose(guided, alone, atol=1e-4) or name == "Flux2Pipeline"
+
+
+# offloading and memory
+
+
+def estimate(offloaded: bool, free: int | None) -> memory.Estimate:
+    weights = {"text_encoder": 500, "transformer": 300, "vae": 40}
+    return memory.Estimate(weights, 100, 200, 20, free, offloaded)
+
+
+def test_one_component_at_a_time_needs_less():
+    assert estimate(False, 0).sampling == 940
+    assert estimate(True, 0).sampling == 500
+    assert memory.Estimate({"transformer": 300, "vae": 40}, 100, 200, 20, 0, True).sampling == 400
+    assert memory.tiling(estimate(True, 600), "auto") == (False, "")
+    with pytest.raises(Exception, match="940 B to sample and 600 B are free"):
+        memory.tiling(estimate(False, 600), "auto")
+
+
+def test_tiles_when_the_whole_does_not_fit():
+    found = memory.Estimate({"transformer": 10, "vae": 40}, 100, 200, 20, 200)
+    assert memory.tiling(found, "auto")[0]
+    assert "240 B of 200 B" in memory.tiling(found, "auto")[1]
+    for wanted, said in (("off", "drop --tile off"), ("auto", "even in tiles")):
+        with pytest.raises(Exception, match=said):
+            memory.tiling(memory.Estimate({"vae": 40}, 0, 200, 200 if wanted == "auto" else 20, 200), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU")
+def test_offloading_makes_the_same(place, wan):
+    there = latents(recipe(FULL), wan, place / "there", device="cuda")
+    moved = latents(recipe(FULL), wan, place / "moved", device="cuda", offload=True)
+    assert error_ratio(moved, there) < 1e-5
+
+
+# what is said
+
+
+def test_another_process_makes_the_same_bit_for_bit_and_says_nothing_but_our_lines(capsys, place):
+    folder = pipeline_folder("HunyuanVideo15Pipeline", place / "pipe")
+    asked = ("--pipeline", str(folder), "-o", "p.mp4", "--prompt", "a red ball", "--seed", "7", "--json")
+    ran = apart("generate", "tiny.yaml", *asked, cwd=place)
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["output"] == "p.mp4"
+    assert found["seed"] == 7
+    starts = ("weights ", "sampling ", "decoding ", "free ", "latents saved: ", "written: ")
+    assert [line for line in ran.err.splitlines() if not line.startswith(starts)] == []
+    assert len(ran.err.splitlines()) == len(starts)
+    assert made(capsys, folder, "--seed", "7").code == 0
+    one, other = (Latents.load(place / f"{name}.latents.safetensors").video[0] for name in "op")
+    assert torch.equal(one, other)
