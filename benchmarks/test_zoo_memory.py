@@ -18,7 +18,7 @@ from benchmarks.gates import examples_against_oracle
 from benchmarks.live import Live
 from benchmarks.rows import Row
 from ultrazoo import kernels, registry
-from ultrazoo.attention.standalone import Standalone
+from ultrazoo.attention.standalone import Standalone, reset_parameters
 from ultrazoo.grid import Grid
 from ultrazoo.options import parse_part
 from ultrazoo.spec import AttentionSpec, Rope, Site
@@ -53,6 +53,7 @@ def peaks(spec: AttentionSpec, grid: tuple[int, int, int]) -> tuple[float, float
     """Peak beside the input (tensors, Python) and as planned, in N x C elements of fp32; and the kernels that ran."""
     site = SITE.at(grid=Grid(*grid))
     block = Standalone(spec, site)
+    reset_parameters(block)
     x = torch.randn(1, site.tokens, site.dim, generator=torch.Generator().manual_seed(0))
     timestep = torch.tensor([500.0])
     gc.collect()

@@ -158,10 +158,14 @@ def _row(name: str, case: str, spec: AttentionSpec, bound: float, command: str) 
 
 @pytest.mark.parametrize("name", sparse_names())
 def test_time_beside_the_visited_share(name: str, record: Callable[[Row], None], command: str) -> None:
-    record(_row(name, f"time of {name} at 8x32x32, forward", spec_of(name).expand(SITE), PLAIN, command))
+    row = _row(name, f"time of {name} at 8x32x32, forward", spec_of(name).expand(SITE), PLAIN, command)
+    record(row)
+    assert 0 < float(row.numbers["share"]) < 1
 
 
 @pytest.mark.parametrize("name", ["block_sparse", "radial", "sparge2", "subblock"])
 def test_time_compiled(name: str, record: Callable[[Row], None], command: str) -> None:
     spec = with_kernel(spec_of(name).expand(SITE), "flex")
-    record(_row(name, f"time of {name} at 8x32x32, forward, compiled", spec, COMPILED, command))
+    row = _row(name, f"time of {name} at 8x32x32, forward, compiled", spec, COMPILED, command)
+    record(row)
+    assert "flex" in row.kernel
