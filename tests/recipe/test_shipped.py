@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.backbones.adapters.tiny import TINY, tensors_of
 from tests.recipe.samples import problems_of, resolved
 from ultrazoo import assemble, recipe
+from ultrazoo.grid import Grid
 from ultrazoo.recipe import text
 
 ROOT = Path(__file__).parents[2]
@@ -84,12 +88,15 @@ SMALLER = {
         *("backbone.time_dim=8", "backbone.layers=8", "video.grid=[3, 9, 10]", "dtype=float32"),
     ],
     "dit": ["backbone.dim=48", "backbone.heads=4", "backbone.layers=4", "video.grid=[1, 6, 8]", "dtype=float32"],
+    # and the settings of the adapters' tests
+    "diffusers": ["backbone.text_tokens=4", "video.grid=[3, 9, 10]", "dtype=float32"],
 }
 # at three latent frames a window over chunks of frames holds everything, and what lies beyond it takes no part
 LONGER = {"delta_tiny": ["video.grid=[7, 4, 5]"], "delta_wan_480p": ["video.grid=[13, 4, 5]"]}
 # a published table of windows belongs to one grid: the small build takes the rule for other sizes
 FITTING = {
     # sizes that fit frames of 90 tokens, and a factor that is a threshold of the same 0.33 at 270 tokens
+    "radial_minimax_h3_768p": ["attention.*.block=32", "attention.*.width=32"],
     "radial_wan_14b_768p": ["attention.*.block=32", "attention.*.width=32"],
     "skip_softmax_wan_14b_720p": ["attention.*.scale_factor=90"],
     # a training grid and sizes of windows, tiles and strides that are smaller than a grid of (3, 9, 10)
@@ -105,6 +112,15 @@ FITTING = {
 DEEPER = {"kv_compress_1024": ["backbone.layers=28"]}
 
 
+def outputs_of(model: torch.nn.Module, spec: Any, grid: Grid) -> list[torch.Tensor]:
+    if spec.name == "diffusers":
+        return tensors_of(model(**spec.adapter().inputs(spec.settings(), grid, 2, spec.text_tokens, torch.randn)))
+    wan = spec.name == "wan"
+    x = torch.randn(2, spec.channels if wan else spec.latent.channels, *spec.geometry.latent(grid))
+    rest = torch.randn(2, 4, spec.text_dim) if wan else torch.tensor([1, 2])
+    return [model(x, torch.tensor([100.0, 900.0]), rest)]
+
+
 def forward_and_backward(model: torch.nn.Module) -> None:
     """Run a batch of two; every parameter that trains takes part once what starts at zero does not.
 
@@ -112,17 +128,14 @@ def forward_and_backward(model: torch.nn.Module) -> None:
     """
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    spec, grid = model.plan.resolved.backbone, model.plan.grid
     if model.plan.resolved.steps:
         count = model.plan.resolved.sampling.steps
         model.select(count - 1, count)
-    wan = spec.name == "wan"
-    x = torch.randn(2, spec.channels if wan else spec.latent.channels, *spec.geometry.latent(grid))
-    rest = torch.randn(2, 4, spec.text_dim) if wan else torch.tensor([1, 2])
-    out = model(x, torch.tensor([100.0, 900.0]), rest)
-    assert out.isfinite().all()
-    assert out.shape[0] == 2
-    out.square().mean().backward()
+    outputs = outputs_of(model, model.plan.resolved.backbone, model.plan.grid)
+    for out in outputs:
+        assert out.isfinite().all()
+        assert out.shape[0] == 2
+    sum(out.square().mean() for out in outputs).backward()
     training = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     idle = [name for name, p in training if p.grad is None or not p.grad.isfinite().all()]
     assert idle == []
@@ -130,7 +143,10 @@ def forward_and_backward(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_built_smaller(name: str) -> None:
-    smaller = SMALLER[resolved(name).backbone.name]
+    spec = resolved(name).backbone
+    smaller = SMALLER[spec.name]
+    if spec.name == "diffusers":
+        smaller = [*smaller, f"backbone.config={json.dumps(TINY[spec.model].settings)}"]
     more = [*LONGER.get(name, []), *FITTING.get(name, []), *DEEPER.get(name, [])]
     model = assemble.build(name, *smaller, *more)
     assert sum(p.numel() for p in model.parameters()) == model.plan.totals.parameters
