@@ -14,6 +14,8 @@ from .spec import CONTRACT
 
 if TYPE_CHECKING:
     from . import errors
+    from .analysis.capture import capture
+    from .analysis.probe import probe
     from .api import check, load, plan
     from .assemble import build, from_pretrained
     from .attention.standalone import create_attention, visible
@@ -30,6 +32,8 @@ _PUBLIC = {
     "build": "assemble:build",
     "apply": "inplace:apply",
     "remove": "inplace:remove",
+    "capture": "analysis.capture:capture",
+    "probe": "analysis.probe:probe",
     "save": "report.saving:save",
     "from_pretrained": "assemble:from_pretrained",
     "create_attention": "attention.standalone:create_attention",
@@ -44,6 +48,7 @@ __all__ = [
     "__version__",
     "apply",
     "build",
+    "capture",
     "check",
     "create_attention",
     "describe",
@@ -52,6 +57,7 @@ __all__ = [
     "list_entries",
     "load",
     "plan",
+    "probe",
     "register",
     "remove",
     "save",

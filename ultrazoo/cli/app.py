@@ -80,6 +80,7 @@ def program(settings: Settings) -> Any:
 
     from . import (
         building,
+        capturing,
         checking,
         converting,
         describing,
@@ -89,6 +90,7 @@ def program(settings: Settings) -> Any:
         listing,
         newplugin,
         planning,
+        probing,
         schema,
         showing,
     )
@@ -102,6 +104,8 @@ def program(settings: Settings) -> Any:
         describing,
         schema,
         showing,
+        capturing,
+        probing,
         generating,
         evaluating,
         newplugin,

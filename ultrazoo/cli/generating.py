@@ -56,7 +56,7 @@ def command(
     """
     _require(dtype, DTYPES, "--dtype")
     _require(tile, TILES, "--tile")
-    width, height = _size(size)
+    width, height = size_of(size)
     from ..generate import before, run
 
     if prompt_file is not None:
@@ -74,7 +74,7 @@ def command(
         guidance=guidance,
         seed=seed,
         fps=fps,
-        device=_device(device),
+        device=checked_device(device),
         dtype=dtype,
         tile=tile,
         latents=latents,
@@ -113,7 +113,7 @@ def _require(value: str | None, allowed: tuple[str, ...], flag: str) -> None:
         raise UsageError(f"{flag} is one of {', '.join(allowed)}, got {value!r}" + (f"; {hint}" if hint else ""))
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
+def size_of(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
@@ -122,7 +122,8 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2])
 
 
-def _device(name: str) -> str:
+def checked_device(name: str) -> str:
+    """`name` where torch has such a device; raises UsageError."""
     import torch
 
     try:

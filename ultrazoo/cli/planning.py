@@ -31,7 +31,7 @@ def command(
     from .. import api
 
     recipes, overrides = common.split(arguments, verb="plan", many=True)
-    form = _form(plot, force)
+    form = picture_form(plot, force)
     plans = [api.plan(recipe, *overrides) for recipe in recipes]
     if len(plans) == 1 and plot is None:
         _one(plans[0], json, layers, coverage)
@@ -42,7 +42,7 @@ def command(
     if plot is not None:
         from ..analysis.plot import plot as draw
 
-        _write(plot, draw(compared, form))
+        write_picture(plot, draw(compared, form))
     if json:
         out.emit(comparison.rows(compared))
     else:
@@ -65,7 +65,7 @@ def _one(plan: Plan, json: bool, layers: bool, coverage: bool) -> None:
     out.echo(text(plan, every_layer=layers, coverage=found))
 
 
-def _form(plot: Path | None, force: bool) -> str:
+def picture_form(plot: Path | None, force: bool) -> str:
     """The form of a picture, from the name of its file; known before anything is computed."""
     if plot is None:
         if force:
@@ -79,7 +79,8 @@ def _form(plot: Path | None, force: bool) -> str:
     return form
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_picture(file: Path, content: bytes) -> None:
+    """Write the file of --plot. Raises OutputError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import math
 import platform
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -228,6 +228,22 @@ def record() -> Iterator[list[Run]]:
         _RECORDS.reset(token)
 
 
+Watch = Callable[[str, Inputs], None]
+"""Called with the kernel's name and the inputs of a call, before the kernel runs."""
+
+_WATCHES: contextvars.ContextVar[tuple[Watch, ...]] = contextvars.ContextVar("ultrazoo_kernel_watches", default=())
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Show every call through the door inside the ``with`` block to `watch`, tensors and block map included."""
+    token = _WATCHES.set((*_WATCHES.get(), watch))
+    try:
+        yield
+    finally:
+        _WATCHES.reset(token)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -260,6 +276,8 @@ def attend(
     if not _tracing():
         for runs in _RECORDS.get():
             runs.append(Run(name, tuple(q.shape), tuple(k.shape), inputs.pairs, block_map is not None))
+        for watch in _WATCHES.get():
+            watch(name, inputs)
     out, lse = spec.run(inputs)
     if not return_lse:
         return out
