@@ -12,6 +12,7 @@ import torch
 from tests.backbones.adapters.tiny import TINY, tensors_of
 from tests.recipe.samples import problems_of, resolved
 from ultrazoo import assemble, recipe
+from ultrazoo.backbones.adapted import AdaptedSpec
 from ultrazoo.grid import Grid
 from ultrazoo.recipe import text
 
@@ -90,6 +91,10 @@ SMALLER = {
     "dit": ["backbone.dim=48", "backbone.heads=4", "backbone.layers=4", "video.grid=[1, 6, 8]", "dtype=float32"],
     # and the settings of the adapters' tests
     "diffusers": ["backbone.text_tokens=4", "video.grid=[3, 9, 10]", "dtype=float32"],
+    "timm": [
+        "backbone.config={embed_dim: 32, depth: 2, num_heads: 2, num_classes: 5}",
+        *("video.grid=[1, 9, 10]", "dtype=float32"),
+    ],
 }
 # at three latent frames a window over chunks of frames holds everything, and what lies beyond it takes no part
 LONGER = {"delta_tiny": ["video.grid=[7, 4, 5]"], "delta_wan_480p": ["video.grid=[13, 4, 5]"]}
@@ -100,6 +105,9 @@ FITTING = {
     "radial_wan_14b_768p": ["attention.*.block=32", "attention.*.width=32"],
     "skip_softmax_wan_14b_720p": ["attention.*.scale_factor=90"],
     # a training grid and sizes of windows, tiles and strides that are smaller than a grid of (3, 9, 10)
+    "dinov3_large_2048": ["attention.odd.kernel_size=[1, 3, 5]"],
+    "flux2_dev_2048": ["video.grid=[1, 9, 10]", "attention.single:*.kernel_size=[1, 3, 5]"],
+    "z_image_2048": ["video.grid=[1, 9, 10]", "attention.*.kernel_size=[1, 3, 5]"],
     "atlasvid_wan_14b_4k": ["backbone.trained=[2, 4, 5]"],
     "freeswim_wan_1_3b_1080p": ["attention.*.trained=[4, 6]"],
     "neighborhood_wan_14b_768p": ["attention.*.kernel_size=[3, 4, 6]", "attention.*.stride=[2, 2, 2]"],
@@ -109,12 +117,15 @@ FITTING = {
 }
 
 # where a recipe names layers by number, they stay
-DEEPER = {"kv_compress_1024": ["backbone.layers=28"]}
+DEEPER = {"kv_compress_1024": ["backbone.layers=28"], "z_image_2048": ["backbone.config.n_layers=9"]}
 
 
 def outputs_of(model: torch.nn.Module, spec: Any, grid: Grid) -> list[torch.Tensor]:
-    if spec.name == "diffusers":
-        return tensors_of(model(**spec.adapter().inputs(spec.settings(), grid, 2, spec.text_tokens, torch.randn)))
+    if isinstance(spec, AdaptedSpec):
+        found = model(**spec.adapter().inputs(spec.settings(), grid, 2, spec.text_tokens, torch.randn))
+        # some models return a list of samples
+        tensors = tensors_of(found)
+        return [torch.stack(tensors)] if not isinstance(found, torch.Tensor) and isinstance(found[0], list) else tensors
     wan = spec.name == "wan"
     x = torch.randn(2, spec.channels if wan else spec.latent.channels, *spec.geometry.latent(grid))
     rest = torch.randn(2, 4, spec.text_dim) if wan else torch.tensor([1, 2])
