@@ -10,7 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-TUTORIALS = ("README.md", *(f"docs/{name}.md" for name in ("index", "quickstart", "recipes", "checkpoints", "add-an-attention")))
+TUTORIALS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "quickstart", "recipes", "checkpoints", "add-an-attention")),
+)
 """Pages whose every command is run."""
 
 NOT_RUN = ("make", "source", "pip", "uv", "git")
