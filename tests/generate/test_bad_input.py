@@ -131,6 +131,7 @@ def test_prompt_files(capsys, place, wan, content, said):
 
 def test_no_prompt(capsys, place, wan):
     refused(made(capsys, wan, prompt=""), "--prompt-file")
+    assert listing(place) == {"tiny.yaml"}
 
 
 @pytest.mark.parametrize("name", ["o.mp4", "o.latents.safetensors"])
@@ -146,6 +147,7 @@ def test_what_exists_is_kept_without_force(capsys, place, wan, name):
 def test_a_place_that_takes_nothing(capsys, place, wan):
     (place / "closed").mkdir(mode=0o500)
     refused(made(capsys, wan, out="closed/o.mp4"), "permission denied")
+    assert listing(place) == {"tiny.yaml", "closed"}
 
 
 def test_too_little_memory(capsys, place, wan, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.generate.tiny_pipelines import MAKERS, pipeline_folder
-from ultrazoo.errors import OutputError, UltrazooError, UsageError
+from ultrazoo.errors import UltrazooError, UsageError
 from ultrazoo.generate import media
 from ultrazoo.generate.families import BY_PIPELINE, Request
 from ultrazoo.generate.latents import Latents
@@ -168,12 +168,13 @@ def test_tiles_give_the_same_size(folder, tmp_path):
     assert shown(made.out).shape[-3:] == (64, 64, 3)
 
 
-def test_what_exists_is_kept(folder, tmp_path):
-    place = wanted(tmp_path, folder)
-    place.out.write_bytes(b"mine")
-    with pytest.raises(OutputError, match="exists"):
-        generate(recipe(folder, FULL), folder, place, say=quiet)
-    assert place.out.read_bytes() == b"mine"
+def test_sixteen_bits_and_nothing_but_our_lines(folder, tmp_path, capfd):
+    lines: list[str] = []
+    made = generate(recipe(folder, FULL, dtype="bfloat16"), folder, wanted(tmp_path, folder), say=lines.append)
+    assert latents_of(made).dtype == torch.bfloat16
+    assert shown(made.out).std() > 2
+    assert capfd.readouterr() == ("", "")
+    assert len(lines) == 6
 
 
 def test_a_size_the_vae_cannot_make(folder, tmp_path):

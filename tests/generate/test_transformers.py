@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
+import ultrazoo
 from tests.cli.program import apart, here
 from tests.generate.commands import made, refused
 from tests.generate.tiny_pipelines import pipeline_folder
@@ -20,6 +22,7 @@ from ultrazoo.generate.latents import Latents
 from ultrazoo.generate.run import generate
 from ultrazoo.generate.wanted import Wanted
 from ultrazoo.testing import error_ratio
+from ultrazoo.weights.own import new_slots
 
 SIZES = {"video": {"width": 64, "height": 64, "frames": 9}, "sampling": {"steps": 3, "guidance": 4.0}}
 FULL = {"*": {"name": "full"}}
@@ -107,6 +110,42 @@ def test_built_models_that_do_not_fit(capsys, place, wan, build):
     assert not (place / "o.mp4").exists()
 
 
+# tuned weights
+
+
+def test_tuned_weights_of_a_design(capsys, place, wan):
+    """A design with parameters of its own, trained elsewhere: loaded beside the model's weights, and no warning said."""
+    ran = made(capsys, wan, "attention.*={name: ultragen, windows: 2, rank: 2}")
+    assert ran.code == 0, ran.err
+    # as it expands
+    assert "warning: branched needs tuning" in ran.err
+    fresh = Latents.load(place / "o.latents.safetensors")
+
+    design = (place / "tiny.yaml").read_text().replace("{name: full}", "{name: ultragen, windows: 2, rank: 2}")
+    (place / "there").mkdir()
+    recipe_file = place / "there" / "tuned.yaml"
+    recipe_file.write_text(design)
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(wan / "transformer")
+    report = ultrazoo.apply(transformer, recipe_file)
+    # what latents say of their recipe is what apply says of it
+    assert report.plan.hash == fresh.facts["recipe_hash"]
+    with torch.no_grad():
+        for slot in new_slots(transformer):
+            slot.get().add_(0.3)
+    ultrazoo.save(transformer, place / "there" / "weights", parts="new")
+    recipe_file.write_text(design + "weights: {path: weights}\n")
+    asked = ("--pipeline", str(wan), "-o", "p.mp4", "--prompt", "a red ball")
+    ran = here(capsys, "generate", str(recipe_file), *asked)
+    assert ran.code == 0, ran.err
+    assert "warning" not in ran.err
+    tuned = Latents.load(place / "p.latents.safetensors")
+    assert not torch.allclose(tuned.video[0], fresh.video[0], atol=1e-3)
+
+    ran = here(capsys, "generate", str(recipe_file), "attention.*.rank=4", *asked, "--force", "--latents", "new")
+    refused(ran, "weights")
+    assert not (place / "new").exists()
+
+
 # two experts
 
 
@@ -114,8 +153,6 @@ def test_two_experts_both_run_the_recipe(capsys, place, build):
     torch.manual_seed(0)
     folder = place / "two"
     make_wan(folder, experts=2)
-    import diffusers
-
     pipeline = diffusers.WanPipeline.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     family = BY_PIPELINE["WanPipeline"]
@@ -154,8 +191,6 @@ FORWARDS = {
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards_of_a_step(place, monkeypatch, name):
-    import diffusers
-
     folder = pipeline_folder(name, place / "pipe")
     family = BY_PIPELINE[name]
     cls = getattr(diffusers, family.model)
