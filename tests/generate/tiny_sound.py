@@ -59,8 +59,8 @@ def ltx2(place: Path) -> None:
     vocoder = LTX2Vocoder(
         in_channels=32,
         hidden_channels=32,
-        upsample_kernel_sizes=[16, 16],
-        upsample_factors=[8, 8],
+        upsample_kernel_sizes=[20, 32],
+        upsample_factors=[10, 16],
         resnet_kernel_sizes=[3],
         resnet_dilations=[[1]],
         output_sampling_rate=16000,

@@ -16,7 +16,9 @@ from ..errors import UsageError, listed, near
 from ..weights.reader import open_checkpoint
 from .families import BY_PIPELINE, Family
 
-LIBRARIES = ("diffusers", "transformers")
+LIBRARIES = ("diffusers", "transformers", "ltx2")
+"""Where parts may come from; ``ltx2`` is diffusers' own folder of that pipeline, where its parts have no other name."""
+
 INDEXES = ("model_index.json", "modular_model_index.json")
 
 
