@@ -268,3 +268,15 @@ def test_values_that_are_not_finite(capsys, place, wan, monkeypatch):
     monkeypatch.setattr(Scheduler, "step", lambda *a, **k: (step(*a, **k)[0] * float("nan"),))
     refused(made(capsys, wan), "not finite", code=1)
     assert listing(place) == {"tiny.yaml"}
+
+
+def test_pixels_that_are_not_finite(capsys, place, wan, monkeypatch):
+    from diffusers import AutoencoderKLWan as Vae
+
+    decode = Vae.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(Vae, "decode", lambda *a, **k: (decode(*a, **k)[0] * float("inf"),))
+        ran = made(capsys, wan)
+    refused(ran, "decoding in float32 gave values that are not finite", code=1)
+    assert listing(place) == {"tiny.yaml", "o.latents.safetensors"}
+    assert here(capsys, *again(ran), "--dtype", "float32").code == 0

@@ -58,12 +58,13 @@ def command(
     _require(tile, TILES, "--tile")
     width, height = size_of(size)
     from ..generate import before, run
+    from ..generate.wanted import Wanted
 
     if prompt_file is not None:
         if prompt:
             raise UsageError("give either --prompt or --prompt-file, not both")
         prompt = before.prompt_in(prompt_file)
-    wanted = run.Wanted(
+    wanted = Wanted(
         prompt=prompt,
         out=output,
         negative=negative,
@@ -81,7 +82,8 @@ def command(
         force=force,
         offload=offload,
     )
-    recipe, overrides = None, []
+    recipe: str | None = None
+    overrides: list[str] = []
     if arguments or from_latents is None:
         (recipe,), overrides = common.split(arguments or [], verb="generate")
     if from_latents is None:

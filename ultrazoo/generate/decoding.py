@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UltrazooError
 from . import media
 from .families import Family
 from .latents import Latents
@@ -31,13 +32,18 @@ def forget(pipeline: Any) -> None:
 def decode(
     pipeline: Any, family: Family, latents: Latents, wanted: Wanted, tiled: bool, sampling_s: float, say: Say
 ) -> Made:
-    """Decode and write the output. Raises OutputError where it cannot be written."""
+    """Decode and write the output. Raises OutputError where it cannot be written, UltrazooError for infinite values."""
     start = time.perf_counter()
     device = torch.device(wanted.device)
     if tiled:
         pipeline.vae.enable_tiling()
     with torch.no_grad():
         decoded = through(pipeline.vae, latents.video, device)[0]
+        if not torch.isfinite(decoded).all():
+            raise UltrazooError(
+                f"decoding in {str(decoded.dtype).removeprefix('torch.')} gave values that are not finite; decode again with "
+                "--dtype float32"
+            )
         frames = family.processor(pipeline, family.picked(decoded))
         audio = None if latents.audio is None else sound(pipeline, latents.audio, device)
     note = {key: value for key, value in latents.facts.items() if value is not None}

@@ -96,4 +96,5 @@ def read_note(path: str | Path) -> dict[str, Any]:
 
 def pixels(frames: np.ndarray) -> np.ndarray:
     """Frames in [0, 1] as uint8."""
-    return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+    found: np.ndarray = (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+    return found

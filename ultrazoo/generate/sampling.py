@@ -89,8 +89,8 @@ def stepping(pipeline: Any, steps: int) -> Iterator[None]:
         index = scheduler.step_index or 0
         session.select(min(index * steps // count, steps - 1), steps, session.branch)
 
-    models = [getattr(pipeline, name, None) for name in inplace.COMPONENTS]
-    models = [model for model in models if hasattr(model, "session")]
+    found: list[Any] = [getattr(pipeline, name, None) for name in inplace.COMPONENTS]
+    models = [model for model in found if hasattr(model, "session")]
     handles = [model.register_forward_pre_hook(tell, prepend=True) for model in models]
     try:
         yield
