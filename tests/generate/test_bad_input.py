@@ -81,6 +81,14 @@ def test_a_folder_that_cannot_serve(capsys, place, wan, case):
     assert listing(place) == before
 
 
+def test_sizes_are_those_of_the_vae_that_is_there(capsys, place, wan):
+    shutil.copytree(wan, place / "pipe")
+    settings = place / "pipe" / "vae" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "scale_factor_spatial": 16}))
+    refused(made(capsys, place / "pipe", "--size", "80x64"), "multiple of 32 (VAE stride 16", "nearest legal: 64 or 96")
+    assert not list(place.glob("o.*"))
+
+
 # what is asked for
 
 
