@@ -31,7 +31,7 @@ def test_latents_of_this_run_are_decoded_with_its_recipe(capsys, wan, sampled):
         (("--frames", "5"), "frames was 9, asked for is 5"),
         (("--seed", "3"), "seed was 0, asked for is 3"),
         (("--prompt", "the sea"), "prompt was 'a red ball', asked for is 'the sea'"),
-        (("tiny.yaml", "attention.*.name=original"), "recipe tiny "),
+        (("tiny.yaml", "attention.*.name=original"), "the recipe was tiny with hash "),
     ],
 )
 def test_latents_of_another_run(capsys, place, wan, sampled, options, said):

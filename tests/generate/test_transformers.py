@@ -63,14 +63,17 @@ def build(place: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return building
 
 
-def test_a_built_model_with_the_pipelines_weights(place, wan, build):
+def test_a_built_model_with_the_pipelines_weights(capsys, place, wan, build):
     lines: list[str] = []
     model = build("native", weights=wan / "transformer")
     ours = latents(model, wan, place / "ours", lines)
+    saved = ("--from-latents", "ours.latents.safetensors", "--pipeline", str(wan), "-o", "again.mp4")
+    assert here(capsys, "generate", "native", *saved).code == 0
     theirs = latents(recipe({"*": {"name": "original"}}), wan, place / "theirs")
     assert error_ratio(ours, theirs) < 1e-4
     assert not any("warning" in line for line in lines)
     tuned = build("local", WINDOWS, weights=wan / "transformer")
+    refused(here(capsys, "generate", "local", *saved, "--force"), "latents of another run", "the recipe was tiny")
     other = latents(tuned, wan, place / "other", lines)
     assert error_ratio(other, theirs) > 1e-2
     assert any(line.startswith("warning: branched needs tuning") for line in lines)
@@ -245,6 +248,30 @@ def test_tiles_when_the_whole_does_not_fit():
     for wanted, said in (("off", "drop --tile off"), ("auto", "even in tiles")):
         with pytest.raises(Exception, match=said):
             memory.tiling(memory.Estimate({"vae": 40}, 0, 200, 200 if wanted == "auto" else 20, 200), wanted)
+
+
+def test_models_that_are_fetched_for_their_work(place, wan, monkeypatch):
+    """The hooks of offloading, as diffusers places them, on the CPU: what they wrap is what runs, and they are gone after."""
+    from accelerate import cpu_offload_with_hook
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    seen: list[Any] = []
+
+    def offload(self: Any, device: Any) -> None:
+        seen.append(self)
+        hook = None
+        for name in self.model_cpu_offload_seq.split("->"):
+            if isinstance(self.components.get(name), torch.nn.Module):
+                _, hook = cpu_offload_with_hook(self.components[name], device, prev_module_hook=hook)
+        self._all_hooks = []
+
+    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", offload)
+    monkeypatch.setattr("ultrazoo.generate.run._require_offload", lambda *_: None)
+    moved = latents(recipe(WINDOWS), wan, place / "moved", offload=True)
+    assert len(seen) == 1
+    assert seen[0].transformer is None
+    assert not hasattr(seen[0].vae, "_hf_hook")
+    assert torch.equal(moved, latents(recipe(WINDOWS), wan, place / "there"))
 
 
 @pytest.mark.gpu

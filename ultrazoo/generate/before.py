@@ -88,11 +88,11 @@ def built_model(source: Any, directory: str | Path, family: Family) -> nn.Module
 
     Raises UsageError for another model than the pipeline's, or one that its VAE or text encoder does not fit.
     """
-    if not isinstance(source, str | Path) or not (Path(source) / saved.FILE).is_file():
+    if hash_of_built(source) is None:
         return None
     if (Path(directory) / "transformer_2").is_dir():
         raise UsageError(f"{directory} has two transformers, and {source} would take the place of one; use a recipe")
-    model = assemble.from_pretrained(source)
+    model: Any = assemble.from_pretrained(source)
     name = model.plan.resolved.backbone.name
     if not recognised.same({"name": name}, {"name": "diffusers", "model": family.model}):
         raise UsageError(f"{source} is a {name!r} model, the pipeline is for {family.model}")
@@ -104,7 +104,15 @@ def built_model(source: Any, directory: str | Path, family: Family) -> nn.Module
     ]
     if differ:
         raise UsageError(f"{source} does not fit the pipeline in {directory}: {'; '.join(differ)}")
-    return model
+    return model  # type: ignore[no-any-return]
+
+
+def hash_of_built(source: Any) -> str | None:
+    """The recipe's hash of the built model in the directory `source`; None when it is a recipe."""
+    if not isinstance(source, str | Path) or not (Path(source) / saved.FILE).is_file():
+        return None
+    found: str = saved.read(Path(source))["hash"]
+    return found
 
 
 def plan_of(source: Any, directory: str | Path, family: Family, wanted: Wanted, overrides: tuple[str, ...]) -> Plan:
@@ -188,9 +196,9 @@ def differences(latents: Latents, directory: str | Path, name: str, wanted: Want
     shape = tuple(latents.video[0].shape)
     if channels is not None and (len(shape) < 4 or shape[1] != channels):
         found.append(f"their shape is {shape}, the VAE in {directory} decodes {channels} channels")
-    asked = {"width": wanted.width, "height": wanted.height, "frames": wanted.frames, "steps": wanted.steps}
-    asked |= {"guidance": wanted.guidance, "seed": wanted.seed, "prompt": wanted.prompt.strip() or None}
-    asked |= {"negative_prompt": wanted.negative}
+    names = ("width", "height", "frames", "steps", "guidance", "seed")
+    asked: dict[str, Any] = {name: getattr(wanted, name) for name in names}
+    asked |= {"prompt": wanted.prompt.strip() or None, "negative_prompt": wanted.negative}
     found += [
         f"{key} was {facts[key]!r}, asked for is {value!r}"
         for key, value in asked.items()

@@ -96,9 +96,11 @@ def resume(
     facts = latents.facts
     found = before.differences(latents, directory, index["_class_name"], wanted)
     if source is not None and not found:
-        plan = before.plan_of(source, directory, family, replace(wanted, **_sizes(facts)), overrides)
-        if plan.hash != facts["recipe_hash"]:
-            found = [f"recipe {facts['recipe']} {facts['recipe_hash'][:12]}, here {plan.name} {plan.hash[:12]}"]
+        given = before.hash_of_built(source)
+        if given is None:
+            given = before.plan_of(source, directory, family, replace(wanted, **_sizes(facts)), overrides).hash
+        if given != facts["recipe_hash"]:
+            found = [f"the recipe was {facts['recipe']} with hash {facts['recipe_hash'][:12]}, here it is {given[:12]}"]
     if found:
         raise UsageError(f"{file} holds latents of another run: {'; '.join(found)}")
     if not all(torch.isfinite(one).all() for one in latents.video if isinstance(one, torch.Tensor)):
