@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from tests.generate.test_generate import FULL, ORIGINAL, direct, family_of, latents_of, quiet, recipe, wanted
 from tests.generate.tiny_pipelines import MAKERS, pipeline_folder
+from ultrazoo.errors import RecipeError, UsageError
 from ultrazoo.generate import media
 from ultrazoo.generate.families import BY_PIPELINE
 from ultrazoo.generate.latents import Latents
@@ -80,3 +85,61 @@ def test_the_sound_is_kept_with_the_latents(folder, tmp_path, monkeypatch):
     assert torch.isfinite(latents_of(made)).all()
     resume(folder, made.latents, wanted(tmp_path, folder, "again"), say=quiet)
     assert np.array_equal(seen[0][0], seen[1][0])
+
+
+@pytest.fixture(scope="module")
+def h3(tmp_path_factory):
+    name = "MiniMaxH3ModularPipeline"
+    return pipeline_folder(name, tmp_path_factory.mktemp("pipelines") / name)
+
+
+def test_minimax_h3_says_what_it_cannot_do(h3, tmp_path):
+    size = {"width": 64, "height": 64}
+    short = recipe(h3, FULL, video={**size, "frames": 107})
+    with pytest.raises(UsageError, match="makes 120 to 360 frames and 107 are asked for"):
+        generate(short, h3, wanted(tmp_path, h3), say=quiet)
+    with pytest.raises(RecipeError, match="nearest legal: 124 or 141"):
+        generate(recipe(h3, FULL, video={**size, "frames": 125}), h3, wanted(tmp_path, h3), say=quiet)
+    guided = recipe(h3, FULL, sampling={"steps": 3, "guidance": 5.0})
+    with pytest.raises(UsageError, match="guidance of MiniMaxH3Transformer3DModel is in its weights"):
+        generate(guided, h3, wanted(tmp_path, h3), say=quiet)
+    with pytest.raises(UsageError, match="no negative prompt"):
+        generate(recipe(h3, FULL), h3, wanted(tmp_path, h3, negative="the sea"), say=quiet)
+    assert not list(tmp_path.iterdir())
+
+
+def test_minimax_h3_makes_one_forward_a_step(h3, tmp_path, monkeypatch):
+    from diffusers import MiniMaxH3Transformer3DModel
+
+    seen = []
+    forward = MiniMaxH3Transformer3DModel.forward
+
+    @functools.wraps(forward)
+    def counted(self, *args, **more):
+        seen.append(self.session.step)
+        return forward(self, *args, **more)
+
+    monkeypatch.setattr(MiniMaxH3Transformer3DModel, "forward", counted)
+    generate(recipe(h3, FULL), h3, wanted(tmp_path, h3), say=quiet)
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_modular_index_that_names_another_place_is_read_here(h3, tmp_path):
+    """As downloaded: its index names the hub, and a transformer for references that is not here."""
+    place = tmp_path / "MiniMaxH3ModularPipeline"
+    shutil.copytree(h3, place)
+    index = place / "modular_model_index.json"
+    content = json.loads(index.read_text())
+    for row in content.values():
+        if isinstance(row, list):
+            row[2]["pretrained_model_name_or_path"] = "MiniMaxAI/MiniMax-H3"
+    content["transformer_ref"] = ["diffusers", "MiniMaxH3Transformer3DModel", content["transformer"][2]]
+    index.write_text(json.dumps(content))
+    (tmp_path / "a").mkdir()
+    made = generate(recipe(h3, FULL), place, wanted(tmp_path / "a", h3), say=quiet)
+    due = generate(recipe(h3, FULL), h3, wanted(tmp_path / "a", h3, "due"), say=quiet)
+    assert torch.equal(latents_of(made), latents_of(due))
+    content["vae"][2]["type_hint"] = ["subprocess", "Popen"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="it names vae from 'subprocess'"):
+        generate(recipe(h3, FULL), place, wanted(tmp_path / "a", h3, "not"), say=quiet)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.generate.tiny_parts import CHAT, bytes_tokenizer, qwen_text, randomised, t5, words_tokenizer
-from tests.generate.tiny_sound import ltx2
+from tests.generate.tiny_sound import ltx2, minimax_h3
 
 
 def wan(place: Path, experts: int = 1) -> None:
@@ -261,6 +261,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "Flux2Pipeline": flux2,
     "Flux2KleinPipeline": flux2_klein,
     "LTX2Pipeline": ltx2,
+    "MiniMaxH3ModularPipeline": minimax_h3,
 }
 
 

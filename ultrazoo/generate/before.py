@@ -172,7 +172,15 @@ def request_of(plan: Plan, wanted: Wanted, family: Family) -> Request:
         raise RecipeError("what is asked for", problems)
     if family.kind == "image" and frames != 1:
         raise UsageError(f"this pipeline makes one image and {frames} frames are asked for; set video.frames=1")
+    if family.lengths is not None and not family.lengths[0] <= frames <= family.lengths[1]:
+        least, most = family.lengths
+        raise UsageError(f"this pipeline makes {least} to {most} frames and {frames} are asked for; set video.frames")
     guidance = wanted.guidance if wanted.guidance is not None else (sampling.guidance if sampling else None)
+    if family.distilled and ((guidance or 1) != 1 or wanted.negative is not None):
+        raise UsageError(
+            f"the guidance of {family.model} is in its weights: it takes no scale and no negative prompt; leave out "
+            "sampling.guidance, --guidance and --negative-prompt"
+        )
     return Request(wanted.prompt, width, height, frames, steps, guidance, wanted.negative)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 
@@ -49,7 +50,9 @@ class Family:
 
     `strides` reads the VAE's over (T, H, W) in its settings, None where they do not say and for the frames of images. `picked` takes what the pipeline
     takes of the VAE's output. `audio`: whether an audio VAE decodes after the video's.
-    `guider`: the guidance scale belongs to a guider component. `channels`: of the VAE decoder's widest full-resolution
+    `guider`: the guidance scale belongs to a guider component. `distilled`: guidance is in the weights, and no scale or
+    negative prompt is taken. `lengths`: least and most frames that the pipeline makes. `unused`: parts that its folder may
+    hold for other tasks. `channels`: of the VAE decoder's widest full-resolution
     layer, `frames_at_once`: whether it decodes all frames together, `doubled`: whether guidance doubles the batch of one
     forward; all three for the memory estimate.
     """
@@ -64,6 +67,9 @@ class Family:
     picked: Picked = _same
     audio: bool = False
     guider: bool = False
+    distilled: bool = False
+    lengths: tuple[int, int] | None = None
+    unused: tuple[str, ...] = ()
     channels: int = 128
     frames_at_once: bool = True
     doubled: bool = False
@@ -120,9 +126,16 @@ def _ltx2(request: Request) -> dict[str, Any]:
 
 
 def _h3(request: Request) -> dict[str, Any]:
-    found = _guided(_video)(request)
-    found.pop("negative_prompt", None)
-    return found
+    # its scheduler counts the noise levels that steps lie between
+    return {**_video(request), "num_inference_steps": request.steps + 1}
+
+
+def _h3_pixels(decoded: Any) -> Any:
+    """(B, 3, F, H, W) in [0, 1], of a VAE whose colours are normalised as ImageNet's."""
+    mean, std = (
+        decoded.new_tensor(one).float().view(1, 3, 1, 1, 1) for one in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    return (decoded.float() * std + mean).clamp(0, 1)
 
 
 def _wan_vae(vae: Settings) -> tuple[int, int, int]:
@@ -133,6 +146,11 @@ def _wan_vae(vae: Settings) -> tuple[int, int, int]:
 def _ratios(vae: Settings) -> tuple[int, int, int] | None:
     found = vae.get("temporal_compression_ratio"), vae.get("spatial_compression_ratio")
     return None if None in found else (int(found[0]), int(found[1]), int(found[1]))  # type: ignore[arg-type]
+
+
+def _factors(vae: Settings) -> tuple[int, int, int] | None:
+    found = vae.get("temporal_downsample_factors"), vae.get("spatial_downsample_factors")
+    return None if None in found else (prod(found[0]), prod(found[1]), prod(found[1]))  # type: ignore[arg-type]
 
 
 def _halvings(name: str) -> Strides:
@@ -185,9 +203,15 @@ FAMILIES: tuple[Family, ...] = (
         "MiniMaxH3Transformer3DModel",
         "video",
         _h3,
-        _ratios,
+        _factors,
         fps=24.0,
+        picked=_h3_pixels,
         audio=True,
+        distilled=True,
+        # 5 to 15 seconds
+        lengths=(120, 360),
+        unused=("transformer_ref",),
+        frames_at_once=False,
     ),
     Family(
         "flux2",

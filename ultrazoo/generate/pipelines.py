@@ -42,7 +42,12 @@ def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
             f"{index}: pipeline class {name!r} is not one that generate knows: {listed(BY_PIPELINE)}"
             + (f"; {hint}" if hint else "")
         )
-    foreign = {part: content[part][0] for part in components(content) if content[part][0] not in LIBRARIES}
+    foreign = {
+        part: library
+        for part in components(content)
+        for library in _libraries(content[part])
+        if library not in LIBRARIES
+    }
     if foreign:
         which = [f"{part} from {library!r}" for part, library in foreign.items()]
         raise UsageError(f"{index}: only parts of {listed(LIBRARIES)} are loaded, it names {listed(which)}")
@@ -58,9 +63,17 @@ def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
 
 
 def components(index: dict[str, Any]) -> list[str]:
-    """Names of the components that an index says are there."""
+    """Names of the components that an index says are there, without those that making pictures from words does not use."""
+    family = BY_PIPELINE.get(index.get("_class_name", ""))
+    unused = () if family is None else family.unused
     rows = {name: row for name, row in index.items() if isinstance(row, list) and not name.startswith("_")}
-    return [name for name, row in rows.items() if len(row) >= 2 and row[1] is not None]
+    return [name for name, row in rows.items() if len(row) >= 2 and row[1] is not None and name not in unused]
+
+
+def _libraries(row: list[Any]) -> list[Any]:
+    """Libraries that a component's row names: in a modular pipeline the class to load stands in its settings again."""
+    hint = row[2].get("type_hint") if len(row) > 2 and isinstance(row[2], dict) else None
+    return [row[0], *([hint[0]] if isinstance(hint, list) and hint else [])]
 
 
 def weight_elements(directory: str | Path, index: dict[str, Any]) -> dict[str, int]:
@@ -68,7 +81,8 @@ def weight_elements(directory: str | Path, index: dict[str, Any]) -> dict[str, i
     found = {}
     for name in components(index):
         folder = Path(directory) / name
-        files = sorted(folder.glob("*.safetensors"))
+        # a second dot is a variant (model.fp16.safetensors) beside the weights that are loaded
+        files = [file for file in sorted(folder.glob("*.safetensors")) if "." not in file.stem]
         if not files:
             continue
         total = 0
@@ -137,14 +151,16 @@ def open_pipeline(
         if issubclass(cls, diffusers.ModularPipeline):
             pipeline = cls.from_pretrained(str(directory), local_files_only=True)
             names = [one for one in components(index) if one not in left]
-            pipeline.load_components(names=names, local_files_only=True, use_safetensors=True, **kind)
+            # an index may name the hub, or the place where the folder was before
+            here = {"pretrained_model_name_or_path": str(directory), "subfolder": {one: one for one in names}}
+            pipeline.load_components(names=names, local_files_only=True, use_safetensors=True, **here, **kind)
         else:
             pipeline = cls.from_pretrained(
                 str(directory), local_files_only=True, use_safetensors=True, **kind, **dict.fromkeys(left)
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"{directory}: {name} cannot be opened: {_first(error)}") from error
-    for part in ("vae", "scheduler", "transformer"):
+    for part in components(index):
         if part not in left and getattr(pipeline, part, None) is None:
             raise UsageError(f"{directory}: this pipeline's {part} was not loaded, which generate needs")
     return pipeline, family

@@ -32,8 +32,7 @@ def sample(pipeline: Any, family: Family, request: Request, seed: int, bars: boo
     The noise is drawn on the CPU, so that a seed means the same on every device. `facts` of what comes back hold the
     request. Raises UsageError where the pipeline never comes to its VAE, UltrazooError for values that are not finite.
     """
-    if hasattr(pipeline, "set_progress_bar_config"):
-        pipeline.set_progress_bar_config(disable=not bars)
+    _show(pipeline, bars)
     if family.guider and request.guidance is not None:
         pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance)
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +63,14 @@ def sample(pipeline: Any, family: Family, request: Request, seed: int, bars: boo
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
     }
     return Latents(found.video, found.audio, facts)
+
+
+def _show(part: Any, bars: bool) -> None:
+    """Show or hide the progress bars of a pipeline, and of all blocks within its blocks where it is a modular one."""
+    if hasattr(part, "set_progress_bar_config"):
+        part.set_progress_bar_config(disable=not bars)
+    for block in getattr(getattr(part, "_blocks", part), "sub_blocks", {}).values():
+        _show(block, bars)
 
 
 def facts_of(plan: Plan, name: str, vae: str) -> dict[str, Any]:
