@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.generate.tiny_pipelines import wan as make_wan
 from ultrazoo.generate import memory
 from ultrazoo.generate.families import BY_PIPELINE, Request
 from ultrazoo.generate.latents import Latents
+from ultrazoo.generate.pipelines import weight_elements
 from ultrazoo.generate.run import generate
 from ultrazoo.generate.wanted import Wanted
 from ultrazoo.testing import error_ratio
@@ -147,6 +149,28 @@ def test_tuned_weights_of_a_design(capsys, place, wan):
     ran = here(capsys, "generate", str(recipe_file), "attention.*.rank=4", *asked, "--force", "--latents", "new")
     refused(ran, "weights")
     assert not (place / "new").exists()
+
+
+# sizes
+
+
+def test_a_grid_is_the_size_behind_it(place, wan):
+    due = latents(recipe(WINDOWS), wan, place / "pixels")
+    grid = recipe(WINDOWS, video={"grid": [3, 4, 4]})
+    assert torch.equal(latents(grid, wan, place / "grid"), due)
+    wider = latents(grid, wan, place / "wider", width=96, height=64, frames=5)
+    assert torch.equal(wider, latents(recipe(WINDOWS), wan, place / "same", width=96, frames=5))
+
+
+def test_variants_beside_the_weights_are_not_counted(place, wan):
+    shutil.copytree(wan, place / "pipe")
+    index = json.loads((wan / "model_index.json").read_text())
+    counted = weight_elements(wan, index)
+    weights = place / "pipe" / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert weight_elements(place / "pipe", index) == counted
+    model = diffusers.AutoencoderKLWan.from_pretrained(wan / "vae")
+    assert counted["vae"] == sum(one.numel() for one in model.parameters())
 
 
 # two experts
