@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -236,7 +237,8 @@ def item_name(component: str, sample: int, step: int, layer: int) -> str:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> int:
     """Write a new file, staged beside its place and renamed; returns its bytes. Raises OutputError."""
-    plain = {name: z.detach().cpu().contiguous() for name, z in tensors.items()}
+    # a clone has strides of its own: a dimension of one may have any
+    plain = {name: z.detach().cpu().clone(memory_format=torch.contiguous_format) for name, z in tensors.items()}
     entries = order([Entry(name, tuple(z.shape), z.dtype) for name, z in plain.items()])
     with staged_file(path, force=True) as new:
         written = write_file(new, entries, iter([(one.name, plain[one.name]) for one in entries]), metadata=notes)

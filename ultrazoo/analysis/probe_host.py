@@ -39,6 +39,9 @@ _FACTS = frozenset(
 )
 """What may be asked of a placeholder: facts, no numbers."""
 
+_NEW = frozenset({"new_empty", "new_zeros", "new_ones", "new_full"})
+"""Names of what makes a tensor of the same kind."""
+
 _VIEWS = frozenset(
     {Tensor.unflatten, Tensor.flatten, Tensor.view, Tensor.reshape, Tensor.view_as, Tensor.transpose, Tensor.permute}
     | {Tensor.unsqueeze, Tensor.detach, Tensor.contiguous}
@@ -51,11 +54,12 @@ class Held(Tensor):
 
     numbers: Any
     which: str
+    rows: slice | None
 
     @staticmethod
-    def like(shape: Sequence[int], z: Tensor, which: str, numbers: Any) -> Held:
+    def like(shape: Sequence[int], z: Tensor, which: str, numbers: Any, rows: slice | None = None) -> Held:
         made = torch.zeros(1, dtype=z.dtype, device=z.device).expand(*shape).as_subclass(Held)
-        made.which, made.numbers = which, numbers
+        made.which, made.numbers, made.rows = which, numbers, rows
         return made
 
     @classmethod
@@ -63,12 +67,23 @@ class Held(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _FACTS:
+            if func in _FACTS or getattr(func, "__name__", "") in _NEW:
                 return func(*args, **(kwargs or {}))
             if func in _VIEWS:
                 shape, more = func(*args, **(kwargs or {})).shape, kwargs or {}
                 return Held.like(shape, args[0], "view", lambda: func(*_real(args), **_real(dict(more))))
+            if func is Tensor.__getitem__ and (rows := _rows(*args)) is not None:
+                shape = func(*args).shape
+                return Held.like(shape, args[0], args[0].which, lambda: args[0].numbers()[:, rows], rows)
             return func(*_real(args), **_real(dict(kwargs or {})))
+
+
+def _rows(z: Any, index: Any) -> slice | None:
+    """The tokens that ``z[:, a:b]`` takes of a placeholder that is whole; None for any other index."""
+    if not isinstance(z, Held) or z.rows is not None or z.dim() != 3 or not isinstance(index, tuple) or len(index) != 2:
+        return None
+    whole, rows = index
+    return rows if whole == slice(None) and isinstance(rows, slice) else None
 
 
 def _real(value: Any) -> Any:
@@ -79,6 +94,21 @@ def _real(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _real(one) for key, one in value.items()}
     return value
+
+
+class _Projection(nn.Module):
+    """A linear whose numbers are buffers: whoever gives parameters their start leaves them alone."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class ReplayHost(nn.Module):
@@ -112,7 +142,9 @@ class ReplayHost(nn.Module):
         self.weights, self.notes = ({}, {}) if weights is None else (dict(weights[0]), dict(weights[1]))
         for which in "qkv":
             if f"{which}.weight" in self.weights:
-                setattr(self, which, self._linear(which, q))
+                setattr(
+                    self, which, _Projection(self.weights[f"{which}.weight"].to(q), self.weights[f"{which}.bias"].to(q))
+                )
         batch, tokens = q.shape[:2]
         self._input = x
         self.x = x if x is not None else Held.like((batch, tokens, site.dim), q, "x", self._no_input)
@@ -126,14 +158,6 @@ class ReplayHost(nn.Module):
         self.result: Tensor | None = None
         self.learn: Callable[[str, Tensor], None] | None = None
         self._plain: dict[str, Tensor] = {}
-
-    def _linear(self, which: str, like: Tensor) -> nn.Linear:
-        weight = self.weights[f"{which}.weight"]
-        made = nn.Linear(weight.shape[1], weight.shape[0], device=like.device, dtype=like.dtype)
-        with torch.no_grad():
-            made.weight.copy_(weight)
-            made.bias.copy_(self.weights[f"{which}.bias"])
-        return made.requires_grad_(False)
 
     def _no_input(self) -> Tensor:
         raise CannotReplay(f"it reads the block's input, {NEEDS_INPUT}")
@@ -178,9 +202,11 @@ class ReplayHost(nn.Module):
             return None
         if isinstance(z, Held) and z.which == role:
             held = self.captured[role]
-            if role == "v" or self.site.rope is None or self._is_grid(at):
-                return held
+            if role == "v" or self.site.rope is None or (z.rows is None and self._is_grid(at)):
+                return held if z.rows is None else held[:, z.rows]
             plain = self._unturned(held)
+            if z.rows is not None:
+                return plain[:, z.rows] if at is None else self._turned(plain[:, z.rows], at)
             if at is None:
                 self._plain[role] = plain
                 return plain

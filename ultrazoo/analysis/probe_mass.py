@@ -107,10 +107,10 @@ class Visits:
         tokens, length = self.shape[2:]
         rows = self.q_rows.find(inputs.q)
         slots = torch.where(rows >= 0, self.slot[rows.clamp(min=0) % tokens], -1)
-        if not bool((slots >= 0).any()):
-            return
         keys = self.k_rows.find(inputs.k)
         self.summaries |= bool((keys < 0).any())
+        if not bool((slots >= 0).any()):
+            return
         self.known_keys |= bool((keys >= 0).any())
         if inputs.threshold is not None:
             self.lossy = f"kernel {kernel!r} leaves keys out by itself and does not say which"

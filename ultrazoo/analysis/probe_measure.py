@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..attention.contract import Call, Extra
 from ..attention.full import FullSpec
 from ..attention.standalone import reset_parameters
+from ..errors import UltrazooError
 from ..kernels import attend, record, watched
 from ..ops.init import Copy, value_of
 from ..spec import AttentionSpec, Site
@@ -192,8 +193,11 @@ def _run(scene: Scene, block: nn.Module) -> tuple[Tensor, list[Any]]:
     """Output (B, N, heads, D) in front of the output projection, and what went through the kernel door."""
     host = scene.host
     host.heads_out = host.result = None
+    before = [z._version for z in host.captured.values()]
     with torch.inference_mode(), record() as runs:
         found = block(host.x, host, scene.call)
+    if before != [z._version for z in host.captured.values()]:
+        raise UltrazooError(f"{block} writes into what its host gives it: the captured numbers are spoilt")
     y = found[0] if scene.call.extra is not None else found
     if host.heads_out is None or y is not host.result:
         raise CannotReplay(

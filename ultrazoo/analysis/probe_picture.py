@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = (("relative_time", "time, full attention = 1"), ("share", "visited pairs, full attention = 1"))
-FLOOR = 1e-7
+FLOOR = 1e-3
 """Errors below it are drawn here: a design that is exact has no place on a scale of powers."""
+
+WIDE = 8
+"""Costs that differ by more than this factor are drawn on a scale of powers."""
 
 
 def plot(probe: Probe, form: str = "png") -> bytes:
@@ -51,7 +54,12 @@ def _panel(axes: Axes, rows: list[Row], front: list[Row], cost: str, label: str)
         axes.annotate(row.name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=INK)
     axes.axvline(1.0, color=MARK, lw=1, ls="--", zorder=0)
     axes.set_yscale("log")
-    axes.set_xlim(0, 1.15 * max([1.0, *(getattr(row, cost) for row in shown)]))
+    costs = [1.0, *(getattr(row, cost) for row in shown)]
+    if max(costs) > WIDE * min(costs) and min(costs) > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(min(costs) / 1.5, 2 * max(costs))
+    else:
+        axes.set_xlim(0, 1.15 * max(costs))
     axes.set_xlabel(label)
     axes.set_ylabel("error of the output (RMS ratio)")
     axes.grid(True, color=FAINT, zorder=0)

@@ -35,7 +35,7 @@ def command(
     guidance: float | None = typer.Option(
         None, "--guidance", help="Guidance scale; the pipeline's unless given.", min=0
     ),
-    seed: int = typer.Option(0, "--seed", help="Of the noise, the same for every prompt.", min=0),
+    seed: int = typer.Option(0, "--seed", help="Of the first prompt's noise; each further one takes the next.", min=0),
     device: str = typer.Option("cpu", "--device", help="cpu, cuda, cuda:1 …"),
     dtype: str = typer.Option(
         "bfloat16", "--dtype", help=f"Of the pipeline and of what is written: {', '.join(DTYPES)}."

@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class CaptureWanted:
     """What is asked of a capture. `steps`, `layers` and `heads` are keys as in recipes; `sampling_steps` is how many steps the
-    pipeline makes; sizes in pixels; `limit` in bytes."""
+    pipeline makes; sizes in pixels; `seed` of the noise of the first prompt, each further one takes the next; `limit` in bytes."""
 
     prompts: tuple[str, ...]
     out: Path
@@ -120,7 +120,7 @@ def capture_pipeline(directory: str | Path, wanted: CaptureWanted, say: Say = pr
                     say(f"prompt {sample + 1} of {len(wanted.prompts)} is there")
                     continue
                 recorder.sample, had = sample, recorder.written
-                _sample(pipeline, family, replace(request, prompt=prompt), wanted.seed)
+                _sample(pipeline, family, replace(request, prompt=prompt), wanted.seed + sample)
                 say(f"prompt {sample + 1} of {len(wanted.prompts)}: {recorder.written - had} files")
                 if recorder.lacks(sample):
                     raise UsageError(
