@@ -82,7 +82,7 @@ def test_prompts_steps_and_layers_are_written_and_probed(folder, prompts, tmp_pa
     assert row["error"] > 0.1
     ran = here(capsys, "probe", tmp_path / "mine.json", "--capture", tmp_path / "c", "--steps", "2", "--detail")
     assert ran.code == 0
-    assert ran.out.count("swin") == 2 * 2 * 2
+    assert ran.out.count("branched") == 2 * 2 * 2
 
 
 def test_capturing_changes_nothing_of_what_the_pipeline_does(folder, tmp_path):
