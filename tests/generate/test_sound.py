@@ -108,20 +108,36 @@ def test_minimax_h3_says_what_it_cannot_do(h3, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_minimax_h3_makes_one_forward_a_step(h3, tmp_path, monkeypatch):
-    from diffusers import MiniMaxH3Transformer3DModel
+def forwards(monkeypatch, name):
+    """Filled with the step, and the rows of the batch, of every forward of the diffusers class `name`."""
+    import diffusers
 
-    seen = []
-    forward = MiniMaxH3Transformer3DModel.forward
+    cls = getattr(diffusers, name)
+    seen, forward = [], cls.forward
 
     @functools.wraps(forward)
     def counted(self, *args, **more):
-        seen.append(self.session.step)
+        seen.append((self.session.step, len(more["hidden_states"])))
         return forward(self, *args, **more)
 
-    monkeypatch.setattr(MiniMaxH3Transformer3DModel, "forward", counted)
+    monkeypatch.setattr(cls, "forward", counted)
+    return seen
+
+
+def test_minimax_h3_makes_one_forward_a_step(h3, tmp_path, monkeypatch):
+    seen = forwards(monkeypatch, "MiniMaxH3Transformer3DModel")
     generate(recipe(h3, FULL), h3, wanted(tmp_path, h3), say=quiet)
-    assert seen == [(0, 3), (1, 3), (2, 3)]
+    assert seen == [((0, 3), 1), ((1, 3), 1), ((2, 3), 1)]
+
+
+def test_guidance_of_one_is_none_in_ltx2(tmp_path, monkeypatch):
+    place = pipeline_folder("LTX2Pipeline", tmp_path / "LTX2Pipeline")
+    seen = forwards(monkeypatch, "LTX2VideoTransformer3DModel")
+    for guidance, rows in ((1.0, [1]), (4.0, [2, 1, 1])):
+        given = recipe(place, FULL, sampling={"steps": 2, "guidance": guidance})
+        generate(given, place, wanted(tmp_path, place, f"at{guidance:g}"), say=quiet)
+        assert seen == [((step, 2), count) for step in (0, 1) for count in rows]
+        seen.clear()
 
 
 def test_a_modular_index_that_names_another_place_is_read_here(h3, tmp_path):

@@ -48,13 +48,14 @@ def _images(pipeline: Any, decoded: Any) -> Any:
 class Family:
     """Pipelines of one model: `pipelines` by class name, the model class inside, and how they are called.
 
-    `strides` reads the VAE's over (T, H, W) in its settings, None where they do not say and for the frames of images. `picked` takes what the pipeline
-    takes of the VAE's output. `audio`: whether an audio VAE decodes after the video's.
+    `strides` reads the VAE's over (T, H, W) in its settings, None where they do not say and for the frames of images.
+    `picked` takes what the pipeline takes of the VAE's output. `audio`: whether an audio VAE decodes after the video's.
     `guider`: the guidance scale belongs to a guider component. `distilled`: guidance is in the weights, and no scale or
-    negative prompt is taken. `lengths`: least and most frames that the pipeline makes. `unused`: parts that its folder may
-    hold for other tasks. `channels`: of the VAE decoder's widest full-resolution
-    layer, `frames_at_once`: whether it decodes all frames together, `doubled`: whether guidance doubles the batch of one
-    forward; all three for the memory estimate.
+    negative prompt is taken. `negative`: whether the pipeline takes a negative prompt. `lengths`: least and most frames
+    that the pipeline makes. `unused`: parts that its folder may hold for other tasks.
+
+    For the memory estimate: `channels` of the VAE decoder's widest full-resolution layer, `frames_at_once`: whether it
+    decodes all frames together, `doubled`: whether guidance doubles the batch of one forward.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Family:
     audio: bool = False
     guider: bool = False
     distilled: bool = False
+    negative: bool = True
     lengths: tuple[int, int] | None = None
     unused: tuple[str, ...] = ()
     channels: int = 128
@@ -122,7 +124,12 @@ def _pixart(request: Request) -> dict[str, Any]:
 
 
 def _ltx2(request: Request) -> dict[str, Any]:
-    return {**_guided(_video)(request), "frame_rate": 24.0}
+    found = {**_guided(_video)(request), "frame_rate": 24.0}
+    if request.guidance is not None and request.guidance <= 1:
+        # this pipeline guides in three ways, of which the scale is one; without it a step is one forward
+        found |= dict.fromkeys(("audio_guidance_scale", "modality_scale", "audio_modality_scale"), 1.0)
+        found |= dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
+    return found
 
 
 def _h3(request: Request) -> dict[str, Any]:
@@ -220,6 +227,7 @@ FAMILIES: tuple[Family, ...] = (
         "image",
         _guided(_image),
         _halvings("block_out_channels"),
+        negative=False,
     ),
     Family(
         "qwen_image",
