@@ -14,7 +14,7 @@ from typing import Any
 from . import registry
 from .errors import RegistryError, listed, near
 from .registry import Entry
-from .spec import AttentionSpec, Traits
+from .spec import AttentionSpec, BackboneSpec, Traits
 
 
 def list_entries(kind: str | None = None) -> list[Entry]:
@@ -154,7 +154,8 @@ def _minimal(cls: Any) -> dict[str, Any] | None:
     part = {"name": cls.name, **cls.minimal}
     if cls.kind == "backbone":
         preset = next(iter(cls.presets), None)
-        return _recipe(cls.name, backbone={"name": cls.name, "preset": preset} if preset else part)
+        found = _recipe(cls.name, backbone={"name": cls.name, "preset": preset} if preset else part)
+        return {**found, "video": dict(cls.minimal_video)}
     if cls.kind == "attention":
         return _recipe(cls.name, attention=part)
     if cls.kind == "kernel":
@@ -174,7 +175,7 @@ def _recipe(name: str, *, attention: Any = None, backbone: Any = None) -> dict[s
     return {
         "schema": 1,
         "name": f"my_{name.replace('/', '_').replace('-', '_')}",
-        "video": {"width": 832, "height": 480, "frames": 81},
+        "video": dict(BackboneSpec.minimal_video),
         "backbone": backbone or {"name": "wan", "preset": "t2v_1_3b"},
         "attention": {"*": attention or {"name": "full"}},
     }

@@ -352,6 +352,8 @@ class BackboneSpec(Spec):
     kind: ClassVar[str] = "backbone"
     module: ClassVar[Any] = None
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    minimal_video: ClassVar[Mapping[str, int]] = {"width": 832, "height": 480, "frames": 81}
+    """The size that the smallest useful recipe gives."""
 
     def groups(self) -> dict[str, int]:
         """Layers per group in execution order; one unnamed group ``{"": n}`` where there is only one kind of block."""

@@ -34,6 +34,7 @@ class TimmSpec(AdaptedSpec):
     source: ClassVar[str] = "the timm library"
     module: ClassVar[Any] = staticmethod(build_adapted)
     minimal: ClassVar[Mapping[str, Any]] = {"model": "vit_tiny_patch16_224"}
+    minimal_video: ClassVar[Mapping[str, int]] = {"width": 224, "height": 224}
 
     model: str = option("", "name of a model, such as deit3_small_patch16_224")
     config: Data | None = option(None, "arguments of timm.create_model; dynamic_img_size is true unless given")  # type: ignore[assignment]
