@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ultrazoo.generate.families import BY_PIPELINE, Request
 from ultrazoo.generate.latents import Latents
 from ultrazoo.generate.media import pixels, read_note
 from ultrazoo.generate.run import generate, resume
-from ultrazoo.generate.wanted import Wanted
+from ultrazoo.generate.wanted import Made, Wanted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,6 +30,24 @@ WINDOWS = {"*": {"name": "branched", "branches": {"near": {"layout": {"name": "w
 @pytest.fixture(scope="module", params=list(MAKERS))
 def folder(request: Any, tmp_path_factory: Any) -> Path:
     return pipeline_folder(request.param, tmp_path_factory.mktemp("pipelines") / request.param)
+
+
+@dataclass(frozen=True)
+class Base:
+    """Two runs of one seed that others are held against: `full` attention, and `near` windows with what was said."""
+
+    full: Made
+    near: Made
+    said: list[str]
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path, tmp_path_factory: Any) -> Base:
+    place = tmp_path_factory.mktemp("base")
+    said: list[str] = []
+    full = generate(recipe(folder, FULL), folder, wanted(place, folder, "full"), say=quiet)
+    near = generate(recipe(folder, WINDOWS), folder, wanted(place, folder, "near"), say=said.append)
+    return Base(full, near, said)
 
 
 def family_of(folder: Path) -> Any:
@@ -121,38 +139,34 @@ def shown(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def test_a_recipe_changes_the_latents_and_a_seed_keeps_them(folder, tmp_path):
-    full = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "full"), say=quiet)
+def test_a_recipe_changes_the_latents_and_a_seed_keeps_them(folder, base, tmp_path):
     same = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "same"), say=quiet)
     other = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "other", seed=1), say=quiet)
-    lines: list[str] = []
-    near = generate(recipe(folder, WINDOWS), folder, wanted(tmp_path, folder, "near"), say=lines.append)
+    full, near = base.full, base.near
     assert torch.equal(latents_of(full), latents_of(same))
     says = replace(wanted(tmp_path, folder, "says"), prompt="the sea of glass")
     told = generate(recipe(folder, FULL), folder, says, say=quiet)
     for changed in (other, near, told):
         assert not torch.allclose(latents_of(full), latents_of(changed), atol=1e-3)
-    assert any(line.startswith("warning: branched needs tuning") for line in lines)
+    assert any(line.startswith("warning: branched needs tuning") for line in base.said)
     note = read_note(near.out)
     assert note["seed"] == 0
     assert note["prompt"] == PROMPT
     assert len(note["recipe_hash"]) == 64
 
 
-def test_per_step_schedules_are_honoured(folder, tmp_path):
+def test_per_step_schedules_are_honoured(folder, base, tmp_path):
     steps = {"0-2": {"*": {"name": "full"}}}
     everywhere = generate(recipe(folder, WINDOWS, steps=steps), folder, wanted(tmp_path, folder, "all"), say=quiet)
-    full = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "full"), say=quiet)
     first = generate(
         recipe(folder, WINDOWS, steps={"0": {"*": {"name": "full"}}}), folder, wanted(tmp_path, folder, "1"), say=quiet
     )
-    near = generate(recipe(folder, WINDOWS), folder, wanted(tmp_path, folder, "near"), say=quiet)
-    assert torch.equal(latents_of(everywhere), latents_of(full))
-    for other in (full, near):
+    assert torch.equal(latents_of(everywhere), latents_of(base.full))
+    for other in (base.full, base.near):
         assert not torch.allclose(latents_of(first), latents_of(other), atol=1e-4)
 
 
-def test_decoding_goes_on_from_saved_latents(folder, tmp_path, monkeypatch):
+def test_decoding_goes_on_from_saved_latents(folder, base, tmp_path, monkeypatch):
     def fails(*_: Any, **__: Any) -> None:
         raise MemoryError("no room")
 
@@ -164,8 +178,7 @@ def test_decoding_goes_on_from_saved_latents(folder, tmp_path, monkeypatch):
     assert first.saved.is_file()
     assert not first.out.exists()
     later = resume(folder, first.saved, wanted(tmp_path, folder), say=quiet)
-    whole = generate(recipe(folder, FULL), folder, wanted(tmp_path, folder, "whole"), say=quiet)
-    assert np.array_equal(shown(later.out), shown(whole.out))
+    assert np.array_equal(shown(later.out), shown(base.full.out))
 
 
 def test_tiles_give_the_same_size(folder, tmp_path):

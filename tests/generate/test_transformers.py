@@ -248,6 +248,37 @@ def test_forwards_of_a_step(place, monkeypatch, name):
     assert not torch.allclose(guided, alone, atol=1e-4) or name == "Flux2Pipeline"
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("Flux2Pipeline", ("--negative-prompt", "fog"), "takes no negative prompt"),
+        ("Flux2KleinPipeline", ("--guidance", "4"), "is in its weights"),
+        ("QwenImagePipeline", ("--negative-prompt", "fog", "--guidance", "1"), "and guidance is 1"),
+        ("PixArtSigmaPipeline", ("--frames", "9"), "makes one image and 9 frames are asked for"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(capsys, place, name, options, said):
+    folder = pipeline_folder(name, place / "pipe")
+    index = folder / "model_index.json"
+    if name == "Flux2KleinPipeline":
+        index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
+    asked = ("video.frames=1", "--pipeline", str(folder), "-o", "o.png", "--prompt", "a red ball")
+    refused(here(capsys, "generate", "tiny.yaml", *asked, *options), said)
+    assert not list(place.glob("o.*"))
+
+
+def test_a_negative_prompt_and_a_long_one(capsys, place, wan):
+    assert made(capsys, wan).code == 0
+    plain = Latents.load(place / "o.latents.safetensors").video[0]
+    ran = made(capsys, wan, "--negative-prompt", "blue glass", "--force")
+    assert ran.code == 0, ran.err
+    assert "tokens" not in ran.err
+    assert not torch.allclose(Latents.load(place / "o.latents.safetensors").video[0], plain, atol=1e-3)
+    ran = made(capsys, wan, "--force", prompt="red " * 600)
+    assert ran.code == 0, ran.err
+    assert "warning: the prompt has 600 tokens, of which this pipeline reads 512" in ran.err
+
+
 # offloading and memory
 
 

@@ -181,6 +181,10 @@ def request_of(plan: Plan, wanted: Wanted, family: Family) -> Request:
             f"the guidance of {family.model} is in its weights: it takes no scale and no negative prompt; leave out "
             "sampling.guidance, --guidance and --negative-prompt"
         )
+    if wanted.negative is not None and not family.negative:
+        raise UsageError("this pipeline takes no negative prompt; leave --negative-prompt out")
+    if wanted.negative is not None and guidance is not None and guidance <= 1:
+        raise UsageError(f"a negative prompt is what guidance above 1 keeps away from, and guidance is {guidance:g}")
     return Request(wanted.prompt, width, height, frames, steps, guidance, wanted.negative)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
     missing = [part for part in components(content) if not (place / part).is_dir()]
     if missing:
         raise UsageError(f"{place}: the folder of component {listed(missing)} is missing, which {index.name} names")
-    return family, content
+    # FLUX.2 Klein comes with guidance and with guidance in its weights
+    return replace(family, distilled=True) if content.get("is_distilled") else family, content
 
 
 def components(index: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from .decoding import KEPT, decode, forget
 from .families import Request
 from .latents import Latents
 from .pipelines import described, open_pipeline, quiet_libraries, vae_digest, weight_elements
-from .sampling import facts_of, place, sample
+from .sampling import cut_off, facts_of, place, sample
 from .wanted import Made, Wanted
 
 Say = Callable[[str], None]
@@ -70,6 +70,8 @@ def generate(
             warned = list(inplace.apply(pipeline, plan).untuned)
         for line in warned:
             say(f"warning: {line}: expect a poor picture")
+        if cut := cut_off(pipeline, request.prompt):
+            say(f"warning: {cut}")
         place(pipeline, device, wanted.offload)
         latents = sample(pipeline, family, request, wanted.seed or 0, bars)
         latents.facts.update(facts_of(plan, index["_class_name"], vae_digest(directory)))

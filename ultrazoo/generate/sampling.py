@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,22 @@ def place(pipeline: Any, device: torch.device, offload: bool) -> None:
     if not hasattr(pipeline, "enable_model_cpu_offload"):
         raise UsageError(f"{type(pipeline).__name__} has no way to offload its models; go without --offload")
     pipeline.enable_model_cpu_offload(device=device)
+
+
+def cut_off(pipeline: Any, prompt: str) -> str | None:
+    """What to say of a prompt that is longer than the pipeline reads; None where it is not, or nobody says how much.
+
+    The words around it that some pipelines add are not counted.
+    """
+    row = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    limit = getattr(pipeline, "tokenizer_max_length", None) if row is None else row.default
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    # a processor of pictures and words holds the tokenizer
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not isinstance(limit, int) or tokenizer is None:
+        return None
+    count = len(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+    return f"the prompt has {count} tokens, of which this pipeline reads {limit}" if count > limit else None
 
 
 def sample(pipeline: Any, family: Family, request: Request, seed: int, bars: bool) -> Latents:
