@@ -226,7 +226,7 @@ def test_completion_script_and_answers(tmp_path: Path):
     asked = {"_ULTRAZOO_COMPLETE": "complete_bash", "COMP_WORDS": "ultrazoo list ker", "COMP_CWORD": "2"}
     assert apart(env=asked).out.split() == ["kernel", "kernels"]
     (tmp_path / "mine.yaml").write_text("schema: 1\n")
-    asked = {"_ULTRAZOO_COMPLETE": "complete_bash", "COMP_WORDS": "ultrazoo plan mi", "COMP_CWORD": "2"}
+    asked = {"_ULTRAZOO_COMPLETE": "complete_bash", "COMP_WORDS": "ultrazoo plan min", "COMP_CWORD": "2"}
     assert apart(env=asked, cwd=tmp_path).out.split() == ["mine.yaml"]
 
 
