@@ -151,3 +151,15 @@ def test_a_call_that_fits_is_left_alone() -> None:
         assert rows.shape == (2, 4, 16)
         assert y.isfinite().all()
         assert rows.isfinite().all()
+
+
+def test_a_design_says_what_it_needs_and_cannot_take() -> None:
+    gated = ultrazoo.create_attention("ultragen", dim=16, heads=2, windows=2, rank=2)
+    x = torch.randn(2, 2 * 4 * 4, 16)
+    with pytest.raises(UsageError, match="'branched' needs the timestep of every call"):
+        gated(x, (2, 4, 4))
+    resized = ultrazoo.create_attention(
+        "ultragen", dim=16, heads=2, windows=2, rank=2, variant="released", layer=5, layers=30
+    )
+    with pytest.raises(UsageError, match=r"takes no padded grid tokens \(key_valid\): ragged: resize"):
+        resized(x, (2, 4, 4), timestep=torch.ones(2), key_valid=torch.ones(2, 32, dtype=torch.bool))

@@ -275,3 +275,14 @@ def test_plans_at_four_thousand_pixels_are_cheap_and_say_what_memory_it_takes() 
     # beside the stream no more than one chunk of a gibibyte, not frames times tokens
     assert cost.peak_elements < 5.1 * site.tokens * site.width + (1 << 29)
     assert cost.saved_elements < 10 * site.tokens * site.width
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_a_sample_without_a_real_token_is_finite_and_leaves_the_others_alone(iterations: int) -> None:
+    attention = ultrazoo.create_attention("monarch", dim=24, heads=3, iterations=iterations)
+    x, valid = 3 * torch.randn(2, 24, 24), torch.rand(2, 24) > 0.3
+    valid[0] = False
+    both = attention(x, (2, 3, 4), key_valid=valid)
+    assert both.isfinite().all()
+    alone = attention(x[1:], (2, 3, 4), key_valid=valid[1:])
+    assert error_ratio(both[1:][valid[1:]], alone[valid[1:]]) < 1e-5

@@ -11,6 +11,7 @@ from torch import Tensor
 import ultrazoo
 from tests.attention.raw import block_of, given, noise, softmax
 from ultrazoo.attention.block_sparse import BlockSparseSpec
+from ultrazoo.attention.contract import Extra
 from ultrazoo.attention.parts import states
 from ultrazoo.attention.parts.orders import RasterSpec
 from ultrazoo.attention.parts.scene import Scene
@@ -164,3 +165,17 @@ def test_gradients_reach_everything_through_the_first_order() -> None:
 def test_bad_options_name_their_path(options: dict[str, object], path: str) -> None:
     with pytest.raises(SiteError, match=path):
         ultrazoo.create_attention("pisa", dim=16, heads=2, **options)
+
+
+def test_a_sample_without_a_real_key_has_gradients_that_are_numbers() -> None:
+    """Neither near nor far is anything there: two sums of nothing."""
+    module = ultrazoo.create_attention("pisa", dim=16, heads=2, block=4, qk_norm=True)
+    x, valid = torch.randn(2, 7, 16), torch.rand(2, 7) > 0.3
+    valid[0] = False
+    extra = Extra(*(torch.randn(2, 1, 2, 8) for _ in range(3)), torch.tensor([[False], [True]]))
+    y, _ = module(3 * x, (1, 1, 7), key_valid=valid, extra=extra)
+    y.sum().backward()
+    grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    assert len(grads) > 5
+    assert all(grad.isfinite().all() for grad in grads)
+    assert any(grad.abs().max() > 0 for grad in grads)

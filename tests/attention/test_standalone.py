@@ -246,3 +246,9 @@ def test_a_kernel_that_may_run_is_left_to_the_call() -> None:
     ):
         options: dict[str, Any] = {"branches": {"a": {}}} if name == "branched" else {}
         assert create_attention(name, dim=16, heads=2, kernel=kernel, **options).spec.kernel == kernel
+
+
+def test_a_rope_that_is_no_rotary_embedding_is_an_option() -> None:
+    assert create_attention("linear", dim=16, heads=2, rope="numerator").spec.rope == "numerator"
+    with pytest.raises(SiteError, match=r"rope .*unknown option of attention 'full'"):
+        create_attention("full", dim=16, heads=2, rope=10000)

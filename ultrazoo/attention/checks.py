@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..spec import Site
+    from ..spec import Site, Traits
     from .contract import Call, Extra
 
 
@@ -114,6 +114,19 @@ def check_inputs(name: str, site: Site, x: Tensor, call: Call) -> None:
             )
     if extra.k.device != x.device:
         raise UsageError(f"attention {name!r}: x is on {x.device}, extra tokens are on {extra.k.device}; move one")
+
+
+def check_wanted(name: str, traits: Traits, call: Call) -> None:
+    """Raise UsageError for a call without what a design needs, or with what it cannot take."""
+    if "timestep" in traits.needs and call.timestep is None:
+        raise UsageError(
+            f"attention {name!r} needs the timestep of every call: give timestep (B,) on the 0..1000 scale"
+        )
+    why = f": {traits.notes}" if traits.notes else ""
+    if call.key_valid is not None and not traits.key_valid:
+        raise UsageError(f"attention {name!r} takes no padded grid tokens (key_valid){why}")
+    if call.extra is not None and not traits.extra:
+        raise UsageError(f"attention {name!r} takes no extra tokens{why}")
 
 
 def same_dtype(extra: Extra, k: Tensor) -> None:

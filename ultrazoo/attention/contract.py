@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..spec import AttentionSpec, Segment, Site
-from .checks import check_call, check_extra, check_inputs, followed
+from ..spec import AttentionSpec, Segment, Site, Traits
+from .checks import check_call, check_extra, check_inputs, check_wanted, followed
 
 __all__ = ["Attention", "Call", "Extra", "Host", "Positions", "export_form", "grid_positions", "refuse_segments"]
 
@@ -129,6 +129,11 @@ class Attention(nn.Module):
         self.spec = spec
         self.site = site
 
+    @functools.cached_property
+    def traits(self) -> Traits:
+        """What the design needs and takes."""
+        return self.spec.traits()
+
     @property
     def traced(self) -> bool:
         """Must sizes be taken as symbolic? Then layouts use their index form."""
@@ -152,6 +157,7 @@ def _checked(forward: Any) -> Any:
     def checked(self: Attention, x: Tensor, host: Host, call: Call) -> Any:
         if not followed():
             check_inputs(self.spec.name, self.site, x, call)
+            check_wanted(self.spec.name, self.traits, call)
         return forward(self, x, host, call)
 
     return checked

@@ -283,6 +283,8 @@ class Factors:
         mean_k = self._turned(means, size)
         more_k, _, mask, weight = self._joined(mean_k, mean_k, weight, size)
         _, lse = attend(columns, more_k, more_k[..., :1], key_mask=mask, log_weight=weight, return_lse=True)
+        # a sample without a real key has no mass anywhere: nobody is to be preferred there
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)
         counted = None
         if real is not None:
             real = real.transpose(2, 3).flatten(0, 2)  # (B*n*j, I)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..spec import AttentionSpec, Site
+from ..spec import AttentionSpec, Site, Start, Traits
 from .contract import Attention, Call, Host
 
 
@@ -22,6 +22,11 @@ class Scheduled(Attention):
         self.base = base.build(site)
         self.ranges = tuple((first, last) for first, last, _ in alternatives)
         self.at = nn.ModuleList([spec.build(site) for _, _, spec in alternatives])
+
+    @property
+    def traits(self) -> Traits:
+        """None of its own: the attention that a step chooses has them."""
+        return Traits(start=Start("exact", "as the attention of the step"))
 
     def chosen(self, step: tuple[int, int] | None) -> Attention:
         """The attention that runs at `step` = (index, count)."""

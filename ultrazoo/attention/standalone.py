@@ -139,7 +139,7 @@ def create_attention(
     head_dim: int | None = None,
     layer: int = 0,
     layers: int = 1,
-    rope: Rope | None = None,
+    rope: Rope | Any = None,
     qk_norm: bool = False,
     seed: int = 0,
     grid: Sequence[int] | None = None,
@@ -147,10 +147,13 @@ def create_attention(
 ) -> Standalone:
     """A registered attention with its own plain host: ``module(x, grid, timestep=None)``.
 
-    `options` are those of a recipe's node. head_dim: None means ``dim // heads``. `grid` (T, H, W) or (H, W): options are
+    `options` are those of a recipe's node; a `rope` that is no `Rope` is one of them (`linear` has it), and the host has no
+    rotary embedding then. head_dim: None means ``dim // heads``. `grid` (T, H, W) or (H, W): options are
     checked there at once; None: they are checked at the grid of each call, and here only for what no grid allows. Raises
     SiteError with every problem.
     """
+    if rope is not None and not isinstance(rope, Rope):
+        options, rope = {**options, "rope": rope}, None
     site = _site(name, dim=dim, heads=heads, head_dim=head_dim, layer=layer, layers=layers, rope=rope)
     site = site.at(qk_norm=bool(qk_norm))
     spec, found = parse_part("attention", {"name": name, **options})

@@ -40,7 +40,7 @@ def test_rows_that_are_no_target_are_refused(ids):
         target_grid(ids)
 
 
-@pytest.mark.parametrize("more", [{"kv_cache_mode": "extract"}, {"kv_cache": object()}], ids=str)
+@pytest.mark.parametrize("more", [{"kv_cache_mode": "extract"}, {"kv_cache": object()}], ids=" ".join)
 def test_cached_references_are_refused(more):
     model = made(FLUX2)
     ultrazoo.apply(model, recipe(FLUX2, "full"))

@@ -151,8 +151,10 @@ class _Mean(nn.Module):
             found, found_lse = checkpoint(far, *given, use_reentrant=False) if learns else far(*given)
             y = merge(near[:, :, tokens], lse[:, :, tokens], found, found_lse)
             if state is not None:
-                mass = (found_lse - torch.logaddexp(found_lse, lse[:, :, tokens])).exp()
-                mass = mass.masked_fill(found_lse == float("-inf"), 0.0).unsqueeze(-1)
+                # filled before and after: a difference of infinities has no gradient that a mask would stop
+                none = found_lse == float("-inf")
+                share = found_lse.masked_fill(none, 0.0)
+                mass = (share - torch.logaddexp(share, lse[:, :, tokens])).exp().masked_fill(none, 0.0).unsqueeze(-1)
                 y = y + (mass * (scene.q[:, :, tokens].to(state.dtype) @ state)).to(y.dtype)
             parts.append(y)
         return torch.cat(parts, dim=2)

@@ -200,8 +200,7 @@ class _TimeGate(nn.Module):
         self.gates = nn.ModuleList(gates)
 
     def forward(self, outputs: dict[str, Tensor], x: Tensor, call: Call, lse: dict[str, Tensor]) -> Tensor:
-        if call.timestep is None:
-            raise ValueError("fuse: time_gate needs call.timestep")
+        assert call.timestep is not None, "the contract asks for it"
         embedded = sinusoid(call.timestep, SINUSOID, self.gates[0][0].weight.dtype)  # type: ignore[index]
         # (B, 1 | T | N, gates) → broadcastable over (B, T, H, W, heads*D)
         gates = []
