@@ -15,7 +15,7 @@ from ultrazoo.attention.ultragen import UltraGenSpec
 from ultrazoo.backbones.wan import Wan, WanSpec
 from ultrazoo.errors import Problem, SiteError, UsageError
 from ultrazoo.grid import Grid
-from ultrazoo.spec import AttentionSpec
+from ultrazoo.spec import AttentionSpec, Start, Traits
 from ultrazoo.testing import assert_close, error_ratio
 
 
@@ -39,6 +39,9 @@ class ScaledSpec(AttentionSpec):
     name: ClassVar[str] = "test/scaled"
     module: ClassVar[type] = Scaled
     rows: int = 2
+
+    def traits(self):
+        return Traits(start=Start("exact", "nothing is kept of the host"))
 
     def problems(self, site):
         if site.grid.h < self.rows:
