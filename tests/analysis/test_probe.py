@@ -376,3 +376,13 @@ def test_the_shipped_capture_is_small_and_of_a_trained_model():
     found = ultrazoo.probe([recipe(STATIC["windows"]), recipe(LIVE["ultragen"], name="ultragen")], "shapes", layers="3")
     assert [row.whole for row in found.rows] == [True, True]
     assert all(row.error is not None and math.isfinite(row.error) for row in found.rows)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_a_cpu_finds(tmp_path):
+    held = made_capture(tmp_path, grid=Grid(2, 12, 12), extra=3)
+    for design in (STATIC["near"], {"name": "sol", "tau": 0.5, "block": 12}, LIVE["window coordinates"]):
+        here, there = (one(held, design, device=device, dtype=torch.float32) for device in ("cpu", "cuda"))
+        assert there.error == pytest.approx(here.error, rel=1e-2)
+        assert there.recall == pytest.approx(here.recall, rel=1e-2)
+        assert there.share == pytest.approx(here.share, rel=1e-2)

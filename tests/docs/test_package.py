@@ -36,6 +36,9 @@ def test_the_wheel_holds_code_recipes_and_types(wheel: zipfile.ZipFile) -> None:
     assert "ultrazoo/py.typed" in names
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "ultrazoo" / "cli" / "template").iterdir()}
     assert {name for name in templates if not name.endswith("__pycache__")} <= names
+    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "ultrazoo" / "analysis" / "captures").rglob("*.*")}
+    assert shipped
+    assert shipped <= names
     top = {name.split("/")[0] for name in names}
     assert top == {"ultrazoo", f"ultrazoo-{ultrazoo.__version__}.dist-info"}
 

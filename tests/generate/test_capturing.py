@@ -12,7 +12,7 @@ import torch
 
 import ultrazoo
 from tests.cli.program import here
-from tests.generate.tiny_pipelines import pipeline_folder
+from tests.generate.tiny_pipelines import pipeline_folder, wan
 from ultrazoo.analysis.capture_files import Capture
 from ultrazoo.errors import UltrazooError
 from ultrazoo.generate import capturing
@@ -181,6 +181,20 @@ def test_bad_lines_are_usage_errors(folder, prompts, tmp_path, capsys):
 def test_prompts_are_lines(tmp_path):
     (tmp_path / "p").write_text(" one \n\ntwo\n")
     assert prompts_in(tmp_path / "p") == ("one", "two")
+
+
+def test_two_experts_share_the_steps_of_a_capture(tmp_path):
+    wan(tmp_path / "experts", experts=2)
+    held = capture_pipeline(
+        tmp_path / "experts", wanted(tmp_path / "c", steps="*", layers="0", sampling_steps=4), say=quiet
+    )
+    assert held.complete
+    assert len(held.items) == 8
+    assert {item.component for item in held.items} == {"transformer", "transformer_2"}
+    assert held.models["transformer_2"].turns
+    # the early steps are the first one's
+    assert held.items[0].component == "transformer"
+    assert ultrazoo.probe([WINDOWS], held).rows[0].whole
 
 
 @pytest.mark.parametrize("name", ["PixArtSigmaPipeline", "Flux2Pipeline", "HunyuanVideo15Pipeline"])

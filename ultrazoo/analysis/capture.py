@@ -147,9 +147,9 @@ class Recorder:
     def lacks(self, sample: int) -> bool:
         """Whether anything of `sample` is still to be recorded; its steps must be known."""
         assert self.steps is not None
+        # of two models, one runs the early steps and the other the late ones
         return any(
-            item_name(name, sample, step, layer) not in self._have
-            for name in list(self.models)[:1]
+            all(item_name(name, sample, step, layer) not in self._have for name in self.models)
             for step in self.steps
             for layer in self.layers
         )
@@ -181,7 +181,7 @@ class Recorder:
     def _write(self, component: str, file: str, layer: int, x: Tensor, host: Any, call: Call) -> None:
         q, k, v = host.heads(*host.project(x, "qkv"), grid_positions(call.grid, x.device))
         facts = self.capture.models[component]
-        if not self.capture.items:
+        if not any(item.component == component for item in self.capture.items):
             facts = replace(facts, turns=_turns(facts, x, host, call, q))
             self.capture = replace(self.capture, models={**self.capture.models, component: facts})
         tensors = self._tensors(x, q, k, v, call)
