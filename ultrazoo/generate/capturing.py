@@ -98,9 +98,8 @@ def capture_pipeline(directory: str | Path, wanted: CaptureWanted, say: Say = pr
             pipeline.set_progress_bar_config(disable=True)
         if family.guider and request.guidance is not None:
             pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance)
-        models = {
-            name: model for name in inplace.COMPONENTS if hasattr(model := getattr(pipeline, name, None), "session")
-        }
+        parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in inplace.COMPONENTS}
+        models = {name: model for name, model in parts.items() if hasattr(model, "session")}
         recorder = Recorder(
             models,
             wanted.out,
