@@ -214,20 +214,6 @@ class Run:
     blocks: bool = False
 
 
-_RECORDS: contextvars.ContextVar[tuple[list[Run], ...]] = contextvars.ContextVar("ultrazoo_kernel_records", default=())
-
-
-@contextlib.contextmanager
-def record() -> Iterator[list[Run]]:
-    """Collect every call through the door inside the ``with`` block, in order."""
-    runs: list[Run] = []
-    token = _RECORDS.set((*_RECORDS.get(), runs))
-    try:
-        yield runs
-    finally:
-        _RECORDS.reset(token)
-
-
 Watch = Callable[[str, Inputs], None]
 """Called with the kernel's name and the inputs of a call, before the kernel runs."""
 
@@ -242,6 +228,19 @@ def watched(watch: Watch) -> Iterator[None]:
         yield
     finally:
         _WATCHES.reset(token)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Run]]:
+    """Collect every call through the door inside the ``with`` block, in order."""
+    runs: list[Run] = []
+
+    def keep(name: str, inputs: Inputs) -> None:
+        q, k = tuple(inputs.q.shape), tuple(inputs.k.shape)
+        runs.append(Run(name, q, k, inputs.pairs, inputs.block_map is not None))
+
+    with watched(keep):
+        yield runs
 
 
 def attend(
@@ -274,8 +273,6 @@ def attend(
     inputs = Inputs(q, k, v, key_mask, bias, log_weight, block_map, scale, return_lse, threshold)
     name, spec = _choose(inputs, kernel)
     if not _tracing():
-        for runs in _RECORDS.get():
-            runs.append(Run(name, tuple(q.shape), tuple(k.shape), inputs.pairs, block_map is not None))
         for watch in _WATCHES.get():
             watch(name, inputs)
     out, lse = spec.run(inputs)
