@@ -25,7 +25,7 @@ from ..weights.disk import check_space, human
 from . import before
 from .families import Request
 from .pipelines import described, open_pipeline, quiet_libraries, vae_digest
-from .sampling import place, stepping
+from .sampling import place, run
 from .wanted import Wanted
 
 Say = Callable[[str], None]
@@ -94,10 +94,6 @@ def capture_pipeline(directory: str | Path, wanted: CaptureWanted, say: Say = pr
         pipeline, _ = open_pipeline(directory, dtype)
         inplace.apply(pipeline, plan)
         place(pipeline, device, wanted.offload)
-        if hasattr(pipeline, "set_progress_bar_config"):
-            pipeline.set_progress_bar_config(disable=True)
-        if family.guider and request.guidance is not None:
-            pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance)
         parts: dict[str, Any] = {name: getattr(pipeline, name, None) for name in inplace.COMPONENTS}
         models = {name: model for name, model in parts.items() if hasattr(model, "session")}
         recorder = Recorder(
@@ -131,9 +127,8 @@ def capture_pipeline(directory: str | Path, wanted: CaptureWanted, say: Say = pr
 
 def _sample(pipeline: Any, family: Any, request: Request, seed: int) -> None:
     """Run the denoising steps up to the last that is wanted."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), stepping(pipeline, request.steps), _no_decoding(pipeline), contextlib.suppress(Enough):
-        pipeline(**family.arguments(request), generator=generator)
+    with _no_decoding(pipeline), contextlib.suppress(Enough):
+        run(pipeline, family, request, seed)
 
 
 @contextlib.contextmanager

@@ -107,8 +107,7 @@ class Caught:
 def caught(pipeline: Any, audio: bool) -> Iterator[Caught]:
     """While it is open, the pipeline's decoders note their arguments and end the run with `Sampled`.
 
-    With `audio` the video's decoder gives a black frame, so that the pipeline goes on to the audio's; in a modular
-    pipeline that one gives silence, and the run ends by itself.
+    With `audio` the video's decoder gives a black frame, so that the pipeline goes on to the audio's.
     """
     found = Caught()
 
@@ -121,9 +120,6 @@ def caught(pipeline: Any, audio: bool) -> Iterator[Caught]:
 
     def decode_audio(latents: Tensor, *rest: Any, **_: Any) -> Any:
         found.audio = (latents, *rest)
-        if hasattr(pipeline, "_blocks"):
-            # a modular pipeline reports whatever ends it early as an error, and does little more than this
-            return (torch.zeros(latents.shape[0], 1, 1, device=latents.device, dtype=latents.dtype),)
         raise Sampled
 
     parts = [(pipeline.vae, decode)]

@@ -43,23 +43,27 @@ def cut_off(pipeline: Any, prompt: str) -> str | None:
     return f"the prompt has {count} tokens, of which this pipeline reads {limit}" if count > limit else None
 
 
-def sample(pipeline: Any, family: Family, request: Request, seed: int, bars: bool) -> Latents:
-    """Run the pipeline's denoising steps; its transformers know at every forward which step it is.
+def run(pipeline: Any, family: Family, request: Request, seed: int, bars: bool = False) -> None:
+    """Call the pipeline; its transformers know at every forward which step it is. It may be ended by an exception.
 
-    The noise is drawn on the CPU, so that a seed means the same on every device. `facts` of what comes back hold the
-    request. Raises UsageError where the pipeline never comes to its VAE, UltrazooError for values that are not finite.
+    The noise is drawn on the CPU, so that a seed means the same on every device.
     """
     _show(pipeline, bars)
     if family.guider and request.guidance is not None:
         pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance)
     generator = torch.Generator().manual_seed(seed)
-    with (
-        torch.no_grad(),
-        stepping(pipeline, request.steps),
-        caught(pipeline, family.audio) as found,
-        contextlib.suppress(Sampled),
-    ):
+    with torch.no_grad(), stepping(pipeline, request.steps):
         pipeline(**family.arguments(request), generator=generator)
+
+
+def sample(pipeline: Any, family: Family, request: Request, seed: int, bars: bool) -> Latents:
+    """Run the pipeline up to its decoder.
+
+    `facts` of what comes back hold the request. Raises UsageError where the pipeline never comes to its VAE, UltrazooError
+    for values that are not finite.
+    """
+    with caught(pipeline, family.audio) as found, contextlib.suppress(Sampled):
+        run(pipeline, family, request, seed, bars)
     if found.video is None:
         raise UsageError(
             f"{type(pipeline).__name__} ended without calling its VAE: its call differs from what generate knows"
