@@ -17,6 +17,8 @@ from ultrazoo.analysis.capture_files import Capture
 from ultrazoo.errors import UltrazooError
 from ultrazoo.generate import capturing
 from ultrazoo.generate.capturing import CaptureWanted, capture_pipeline, prompts_in
+from ultrazoo.generate.families import BY_PIPELINE
+from ultrazoo.testing import error_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -197,13 +199,30 @@ def test_two_experts_share_the_steps_of_a_capture(tmp_path):
     assert ultrazoo.probe([WINDOWS], held).rows[0].whole
 
 
-@pytest.mark.parametrize("name", ["PixArtSigmaPipeline", "Flux2Pipeline", "HunyuanVideo15Pipeline"])
-def test_other_families_with_tokens_beside_the_grid_and_doubled_batches(name, tmp_path):
+FAMILIES = {
+    "PixArtSigmaPipeline": (),
+    "Flux2Pipeline": ("text",),
+    "Flux2KleinPipeline": ("text",),
+    "QwenImagePipeline": ("text",),
+    "HunyuanVideo15Pipeline": ("text",),
+    "LTX2Pipeline": (),
+    "MiniMaxH3ModularPipeline": ("text", "audio"),
+}
+"""Kinds of tokens beside the grid."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_with_tokens_beside_the_grid_and_doubled_batches(name, tmp_path, capfd):
     folder = pipeline_folder(name, tmp_path / name)
-    frames = 9 if "Video" in name else 1
+    frames = 124 if "H3" in name else 1 if BY_PIPELINE[name].kind == "image" else 9
+    guidance = None if "H3" in name else 3.0
+    capfd.readouterr()
     held = capture_pipeline(
-        folder, wanted(tmp_path / "c", frames=frames, steps="1", layers="first1", guidance=3.0, inputs=True), say=quiet
+        folder,
+        wanted(tmp_path / "c", frames=frames, steps="1", layers="first1", guidance=guidance, inputs=True),
+        say=quiet,
     )
+    assert capfd.readouterr() == ("", "")
     assert {item.batch for item in held.items} == {1}
     assert len(held.items) == 2
     assert len(held.hosts) == 1
@@ -212,5 +231,31 @@ def test_other_families_with_tokens_beside_the_grid_and_doubled_batches(name, tm
     assert found["full"].error < 1e-5
     assert found["full"].recall == pytest.approx(1, abs=1e-4)
     assert found["windows"].error > 0.01
-    if name != "PixArtSigmaPipeline":
-        assert held.items[0].segments[0].kind == "text"
+    assert tuple(segment.kind for segment in held.items[0].segments) == FAMILIES[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WanPipeline",
+        "HunyuanVideo15Pipeline",
+        "LTX2Pipeline",
+        "QwenImagePipeline",
+        "Flux2KleinPipeline",
+        "PixArtSigmaPipeline",
+    ],
+)
+def test_with_guidance_the_forward_of_the_prompt_is_kept(name, tmp_path):
+    """At the first step, which guidance does not reach yet, it is what a run without guidance captures."""
+    folder = pipeline_folder(name, tmp_path / name)
+    frames = 1 if BY_PIPELINE[name].kind == "image" else 9
+    # the first layer of a model with cross-attention does not know the prompt yet
+    asked = {"frames": frames, "steps": "0", "layers": "1"}
+    plain, guided = (
+        capture_pipeline(folder, wanted(tmp_path / f"at{scale:g}", guidance=scale, **asked), say=quiet)
+        for scale in (1.0, 4.0)
+    )
+    other = capture_pipeline(folder, wanted(tmp_path / "other", guidance=1.0, prompts=PROMPTS[1:], **asked), say=quiet)
+    due = plain.tensors(plain.items[0])["q"]
+    assert error_ratio(guided.tensors(guided.items[0])["q"], due) < 1e-5
+    assert error_ratio(other.tensors(other.items[0])["q"], due) > 1e-3

@@ -168,8 +168,7 @@ class Recorder:
                 if self.ends and number > max(self.steps):
                     raise Enough
                 return
-            # the unconditional branch repeats the step with an empty prompt
-            if call.branch is not None and "uncond" in call.branch:
+            if _beside(call.branch):
                 return
             file = item_name(component, self.sample, number, layer)
             if file not in self._have:
@@ -243,6 +242,14 @@ class Recorder:
         if self.capture.inputs:
             found["x"] = x[self.rows]
         return found
+
+
+def _beside(branch: str | None) -> bool:
+    """Whether a forward only guides the prompt's own at the same step: it has an empty prompt, or a part perturbed.
+
+    Pipelines name forwards: ``uncond``, ``pred_uncond``, LTX-2's ``uncond_stg``; its ``cond_uncond`` is a batch of both.
+    """
+    return branch is not None and "uncond" in branch and not branch.startswith("cond")
 
 
 def blocks(model: nn.Module) -> dict[int, Attention]:
