@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -48,12 +48,11 @@ def unsupported(model: Any) -> str:
 
 
 def _shape(attn: Any) -> tuple[int, int, bool]:
-    return attn.num_heads, attn.proj.in_features, attn.qkv is None
+    return attn.num_heads, attn.head_dim, attn.qkv is None
 
 
 def _head_dim(model: Any) -> int:
-    attn = model.blocks[0].attn
-    return int(attn.proj.in_features // attn.num_heads)
+    return int(model.blocks[0].attn.head_dim)
 
 
 def read(model: Any) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def read(model: Any) -> dict[str, Any]:
     return {
         "class": family(model),
         "depth": len(model.blocks),
-        "dim": attn.proj.out_features,
+        "dim": model.embed_dim,
         "heads": attn.num_heads,
         "head_dim": _head_dim(model),
         "qk_norm": not isinstance(attn.q_norm, nn.Identity),
@@ -85,7 +84,7 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "img_size": lambda model: list(model.patch_embed.img_size),
     "dynamic_img_size": lambda model: bool(model.dynamic_img_size),
     "patch_size": lambda model: model.patch_embed.patch_size[0],
-    "in_chans": lambda model: model.patch_embed.proj.in_channels,
+    "in_chans": lambda model: bare(model.patch_embed.proj).in_channels,
     "embed_dim": lambda model: model.embed_dim,
     "depth": lambda model: len(model.blocks),
     "qk_norm": lambda model: not isinstance(model.blocks[0].attn.q_norm, nn.Identity),
@@ -102,9 +101,30 @@ def settings(model: Any, usual: Any) -> dict[str, Any]:
 
 
 def differences(model: nn.Module, other: nn.Module) -> list[str]:
-    """Parameters that are in one of two models alone or have another shape, by name. What a recipe added does not count."""
-    one, two = (
-        {name: tuple(p.shape) for name, p in each.named_parameters() if ".processor." not in name}
-        for each in (model, other)
-    )
+    """What one of two models alone has, or has in another size, by name. What a recipe added does not count, and neither do
+    the ways to hold a linear: quantised, under a LoRA."""
+    one, two = dict(_sizes("", model)), dict(_sizes("", other))
     return sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
+
+
+def _sizes(path: str, module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Sizes of linears by path, and of every other parameter."""
+    module = bare(module)
+    if hasattr(module, "in_features"):
+        # quantised linears of torch keep it behind a method
+        bias = module.bias() if callable(module.bias) else module.bias
+        yield path, (module.in_features, module.out_features, int(bias is not None))
+        return
+    below = f"{path}." if path else ""
+    for name, parameter in module.named_parameters(recurse=False):
+        yield f"{below}{name}", tuple(parameter.shape)
+    for name, child in module.named_children():
+        if name != "processor":
+            yield from _sizes(f"{below}{name}", child)
+
+
+def bare(module: Any) -> Any:
+    """`module` without what peft put around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module

@@ -62,7 +62,7 @@ class TimmSpec(AdaptedSpec):
         if wrong:
             raise UsageError(
                 f"this {type(model).__name__} is not what timm.create_model({str(name)!r}, **{dict(config)}) makes: {wrong[0]} and "
-                f"{len(wrong) - 1} more parameters differ; {HINT}"
+                f"{len(wrong) - 1} more parts differ; {HINT}"
             )
         return {"name": cls.name, "model": str(name), "config": config}
 
