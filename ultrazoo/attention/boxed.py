@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels import attend
 from ..ops.boxes import Boxes, TileClass, batches
+from ..ops.graphs import followed
 from .grouped import SLAB_BYTES, SLAB_BYTES_ELSEWHERE
 
 Classes = tuple[TileClass, TileClass, TileClass]
@@ -53,7 +54,7 @@ def attend_boxes(q: Tensor, k: Tensor, v: Tensor, job: Job) -> Tensor:
         slab = Slab(q.new_empty(0), q.new_empty(0), _bias(_only(job.boxes), job, q))
         y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), slab, job.valid, job.log_weight, job)
         return y.transpose(1, 2)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if followed():
         return _assembled(q, k, v, job)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Boxed.apply(q, k, v, job)  # type: ignore[no-any-return, no-untyped-call]

@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..ops.graphs import followed
 
 if TYPE_CHECKING:
     from ..spec import Site, Traits
     from .contract import Call, Extra
-
-
-def followed() -> bool:
-    """Does a compiler or an exporter follow this code?"""
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def shown(z: Any) -> str:

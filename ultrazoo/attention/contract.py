@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..ops.graphs import followed
 from ..spec import AttentionSpec, Segment, Site, Traits
-from .checks import check_call, check_extra, check_inputs, check_wanted, followed
+from .checks import check_call, check_extra, check_inputs, check_wanted
 
 __all__ = ["Attention", "Call", "Extra", "Host", "Positions", "export_form", "grid_positions", "refuse_segments"]
 

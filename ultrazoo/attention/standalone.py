@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..errors import Problem, SiteError, UsageError
 from ..grid import Grid, as_grid
 from ..ops import rope as rotary
+from ..ops.graphs import followed
 from ..ops.init import Constant, Copy, initial_tensor, value_of
 from ..ops.norm import rms_norm
 from ..ops.seeds import generator_for
 from ..options import parse_part
 from ..spec import AttentionSpec, Rope, Site
-from .checks import followed, same_dtype, shown
+from .checks import same_dtype, shown
 from .contract import Call, Extra, Positions
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import registry, tuned
 from ..errors import KernelError, UsageError
 from ..ops.blocks import Blocks
+from ..ops.graphs import followed
 from ..spec import Spec
 
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
@@ -80,7 +81,7 @@ class Inputs:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not _tracing():
+        if not followed():
             for rule in _misfits(self):
                 raise UsageError(f"attention kernels: {rule} ({self})")
 
@@ -192,7 +193,7 @@ class KernelSpec(Spec):
         found += cls.never(inputs.passes, *blocks)
         if inputs.needs_grad and not cls.backward:
             found.append("has no backward")
-        if _tracing() and not cls.exportable:
+        if followed() and not cls.exportable:
             found.append("does not export")
         return found
 
@@ -272,7 +273,7 @@ def attend(
         q, k, v = (z.to(torch.get_autocast_dtype(q.device.type)) for z in (q, k, v))
     inputs = Inputs(q, k, v, key_mask, bias, log_weight, block_map, scale, return_lse, threshold)
     name, spec = _choose(inputs, kernel)
-    if not _tracing():
+    if not followed():
         for watch in _WATCHES.get():
             watch(name, inputs)
     out, lse = spec.run(inputs)
@@ -284,7 +285,7 @@ def attend(
 
 
 def _choose(inputs: Inputs, kernel: str) -> tuple[str, type[KernelSpec]]:
-    if kernel == "auto" and _tracing():
+    if kernel == "auto" and followed():
         # a compiler follows this code: decide without a look at the registry
         from .math import MathSpec
         from .sdpa import SdpaSpec
@@ -313,10 +314,6 @@ def _explain(title: str, inputs: Inputs, refused: dict[str, Sequence[str]]) -> s
     lines = [f"{title} ({inputs}):"]
     lines += [f"  {name}: {'; '.join(why) or 'can run'}" for name, why in refused.items()]
     return "\n".join(lines)
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.graphs import followed
 from .door import Inputs, KernelSpec
 from .sdpa import additive
 
@@ -33,7 +34,7 @@ class MathSpec(KernelSpec):
     def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
         mask = additive(inputs)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if followed():
             return _rows(inputs.q, inputs, mask, scale)
         batch, heads, queries = inputs.q.shape[:3]
         step = max(1, CHUNK_ELEMENTS // max(1, batch * heads * inputs.k.shape[2]))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.graphs import followed
 from .door import Inputs, KernelSpec
 
 
@@ -60,7 +61,7 @@ def _lse_reasons(inputs: Inputs) -> list[str]:
     found = []
     if inputs.q.device.type not in ("cpu", "cuda"):
         found.append(f"returns lse on cpu and cuda only, inputs are on {inputs.q.device.type}")
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if followed():
         found.append("does not return lse in a traced graph")
     if inputs.q.device.type == "cuda" and inputs.q.dtype not in (torch.float16, torch.bfloat16):
         found.append("returns lse on cuda for float16 and bfloat16 only")

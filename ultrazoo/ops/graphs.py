@@ -1,4 +1,4 @@
-"""Marks of functions for the compiler, made without importing it.
+"""Is a compiler following, and marks of functions for it, made without importing it.
 
 torch's own decorators import the compiler where they are written, which took a plan twice as long as importing torch does.
 """
@@ -14,6 +14,11 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def followed() -> bool:
+    """Does a compiler, an exporter or a tracer follow this code? Then sizes may be symbolic."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:

@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .graphs import followed
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension; x (…, C), weight (C,) or None.
 
     Statistics and scaling in fp32 for fp16 and bf16 inputs, result in the dtype of x.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if x.device.type != "cpu" or followed():
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         normed = F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype)
         return normed if weight is None else normed * weight

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .graphs import followed
+
 Cell = tuple[int, int, int]
 Ragged = Literal["exact", "resize"]
 
@@ -174,7 +176,7 @@ def depthwise_conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Without gradients it runs frame by frame as three two-dimensional convolutions, which stay in cache: on a CPU about
     three times faster than conv3d on the same data.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.is_grad_enabled() or followed():
         channels = weight.shape[0]
         return F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=1, groups=channels).permute(0, 2, 3, 4, 1)
     return _conv_frames(x.shape, lambda b, t: x[b, t : t + 1].permute(0, 3, 1, 2), weight, bias, x)
@@ -236,7 +238,7 @@ def lift_conv3d(
 
     Without gradients, where cells lie in one frame, each frame is lifted when the convolution wants it.
     """
-    if traced or cell[0] > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if traced or cell[0] > 1 or torch.is_grad_enabled() or followed():
         return depthwise_conv3d(lift(x, cell, size, "bilinear", ragged, traced), weight, bias)
 
     def plane(b: int, t: int) -> Tensor:

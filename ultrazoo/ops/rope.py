@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Rope
+from .graphs import followed
 
 TABLE_BYTES = 1 << 17
 """Most bytes of a combined table of one chunk of tokens, in the eager path on a CPU (32 times that elsewhere)."""
@@ -112,7 +113,7 @@ def rotate(z: Tensor, positions: AxisPositions, rope: Rope) -> Tensor:
     fp32 inside for fp16 and bf16 inputs; differentiable.
     """
     axes = tables(positions, rope)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if followed():
         return _rotate_traced(z, axes, rope)
     magnitudes = tuple(axis.magnitude for axis in axes)
     return _Rotate.apply(z, rope, magnitudes, *(axis.angles for axis in axes))  # type: ignore[no-any-return, no-untyped-call]
@@ -126,7 +127,7 @@ def normed_rotated(
     `norm` acts on each token alone. Without gradients on a CPU all three happen chunk by chunk, in cache.
     """
     chunked = z.device.type == "cpu" and not (torch.is_grad_enabled() and z.requires_grad)
-    if not chunked or norm is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not chunked or norm is None or followed():
         z = z if norm is None else norm(z)
         return rotate(z.unflatten(-1, (-1, head_dim)), positions, rope)
 
