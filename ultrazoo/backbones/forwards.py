@@ -31,13 +31,21 @@ TAG = "_ultrazoo_frame"
 class Forwards(Placed):
     """Forwards of attention modules: an attribute of the instance hides the class's method."""
 
-    replaced = "assigning to forward and hooks of offloading do that"
+    replaced = "assigning to forward does that"
 
     def holds(self, attn: nn.Module, ours: Any) -> bool:
-        return attn._modules.get("processor") is ours and isinstance(vars(attn).get("forward"), functools.partial)
+        held = getattr(vars(attn).get(_place(attn)), "func", None)
+        return attn._modules.get("processor") is ours and held is ours
 
     def put_back(self, attn: nn.Module, stock: Any) -> None:
-        del vars(attn)["forward"], attn._modules["processor"]
+        del vars(attn)[_place(attn)], attn._modules["processor"]
+        if hasattr(attn, "_hf_hook"):
+            vars(attn)[_place(attn)] = stock.__get__(attn)
+
+
+def _place(attn: nn.Module) -> str:
+    """The attribute that holds what runs: accelerate's offloading takes `forward` and keeps what stood there."""
+    return "_old_forward" if hasattr(attn, "_hf_hook") else "forward"
 
 
 class Followed(Installed):
@@ -109,10 +117,9 @@ def install(model: nn.Module, spec: AdaptedSpec, session: Session, follow: type[
     placed = Forwards(installed, {}, {})
     for layer, group, path in changed(spec, session):
         attn = model.get_submodule(path)
-        if "forward" in vars(attn) or hasattr(attn, "processor"):
-            raise UsageError(
-                f"{path} does not run its class's forward (offloading by hooks replaces it, for one); apply the recipe first"
-            )
+        runs = getattr(attn, _place(attn))
+        if getattr(runs, "__func__", None) is not type(attn).forward or hasattr(attn, "processor"):
+            raise UsageError(f"{path} does not run its class's forward; somebody replaced it: apply the recipe first")
         placed.made[path] = adapter.processor(group)(session.attention_of(layer), layer, installed)
         placed.made[path].stock = (type(attn).forward,)
         placed.stock[path] = type(attn).forward
@@ -120,7 +127,7 @@ def install(model: nn.Module, spec: AdaptedSpec, session: Session, follow: type[
         attn = model.get_submodule(path)
         processor.train(model.training)
         attn.add_module("processor", processor)
-        vars(attn)["forward"] = functools.partial(processor, attn)
+        vars(attn)[_place(attn)] = functools.partial(processor, attn)
     placed.handles += installed.attach(model, placed)
     for path in {adapter.block(path) for path in placed.made}:
         block = model.get_submodule(path)
