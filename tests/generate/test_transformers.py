@@ -115,6 +115,57 @@ def test_built_models_that_do_not_fit(capsys, place, wan, build):
     assert not (place / "o.mp4").exists()
 
 
+def test_a_model_that_was_trained_is_not_called_random(place, wan, build):
+    model = ultrazoo.from_pretrained(build("start", WINDOWS))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    ultrazoo.save(model, place / "trained")
+    lines: list[str] = []
+    latents(place / "trained", wan, place / "o", lines)
+    assert not any("warning" in line for line in lines)
+
+
+def test_a_model_that_a_recipe_was_applied_to(capsys, place, wan):
+    """Saved whole it takes the transformer's place; its new parameters alone go into the transformer."""
+    design = recipe({"*": {"name": "ultragen", "windows": 2, "rank": 2}})
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(wan / "transformer")
+    ultrazoo.apply(transformer, design)
+    with torch.no_grad():
+        for slot in new_slots(transformer):
+            slot.get().add_(0.3)
+    ultrazoo.save(transformer, place / "whole")
+    ultrazoo.save(transformer, place / "new", parts="new")
+    lines: list[str] = []
+    ours = latents(place / "whole", wan, place / "ours", lines)
+    assert not any("random" in line for line in lines)
+    asked = ("--pipeline", str(wan), "-o", "o.mp4", "--prompt", "a red ball")
+    ran = here(capsys, "generate", "new", *asked)
+    refused(ran, "new parameters of a design alone", "new/recipe.yaml weights.path=new")
+    told = ran.err.rpartition("give its recipe and them, ")[2].split()
+    ran = here(capsys, "generate", *told, *asked)
+    assert ran.code == 0, ran.err
+    assert error_ratio(Latents.load(place / "o.latents.safetensors").video[0], ours) < 1e-4
+    assert error_ratio(ours, latents(design, wan, place / "fresh")) > 1e-2
+
+
+def test_an_applied_model_of_another_class_or_size_is_refused(capsys, place, wan):
+    settings = json.loads((wan / "transformer" / "config.json").read_text())
+    wider = diffusers.WanTransformer3DModel.from_config({**settings, "text_dim": 16})
+    image = diffusers.PixArtTransformer2DModel.from_pretrained(
+        pipeline_folder("PixArtSigmaPipeline", place / "pixart") / "transformer"
+    )
+    asked = ("--pipeline", str(wan), "-o", "o.mp4", "--prompt", "a red ball")
+    for name, model, said in (
+        ("wider", wider, "text_dim is 16, the pipeline's 12"),
+        ("image", image, "is a 'diffusers/PixArtTransformer2DModel' model, the pipeline is for WanTransformer3DModel"),
+    ):
+        ultrazoo.apply(model, {"name": "tiny", "video": {"width": 64, "height": 64}, "attention": FULL})
+        ultrazoo.save(model, place / name)
+        refused(here(capsys, "generate", name, *asked), said)
+    assert not list(place.glob("o.*"))
+
+
 # tuned weights
 
 

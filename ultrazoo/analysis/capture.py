@@ -276,12 +276,11 @@ def facts_of(model: nn.Module) -> ModelFacts:
             "full attention could be compared on"
         )
     name = spec.name if adapter is None else f"{spec.name}/{adapter().model}"
-    fresh = _fresh(model)
-    weights = "random" if fresh else "loaded"
+    weights = "random" if fresh(model) else "loaded"
     return ModelFacts(type(model).__name__, name, dict(spec.groups()), session.sites[0], False, weights)
 
 
-def _fresh(model: nn.Module) -> bool:
+def fresh(model: nn.Module) -> bool:
     """Whether the first matrices of a built model are still those that its seed gives."""
     plan: Any = getattr(model, "plan", None)
     origin: Any = getattr(model, "origin", None) or {}

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import assemble, inplace
+from ..analysis.capture import fresh
 from ..backbones import recognised
 from ..backbones.diffusers.spec import DiffusersSpec
 from ..errors import OutputError, RecipeError, UsageError
@@ -83,23 +84,37 @@ def prompt_in(file: str | Path) -> str:
     return text
 
 
+FITTING = (
+    *("in_channels", "out_channels", "audio_in_channels", "audio_out_channels"),
+    *("text_dim", "caption_channels", "joint_attention_dim", "text_embed_dim", "text_embed_2_dim"),
+)
+"""Settings of a transformer that its VAE and text encoders decide."""
+
+
 def built_model(source: Any, directory: str | Path, family: Family) -> nn.Module | None:
-    """A native model that `build` or `save` wrote into the directory `source`; None when it is a recipe.
+    """The model that `build` or `save` wrote into the directory `source`, native or of the pipeline's class; None when it is
+    a recipe.
 
     Raises UsageError for another model than the pipeline's, or one that its VAE or text encoder does not fit.
     """
-    if hash_of_built(source) is None:
+    if not _is_built(source):
         return None
+    if saved.holds_new(saved.read(Path(source))):
+        raise UsageError(
+            f"{source} holds the new parameters of a design alone, which go into the pipeline's own transformer: give its "
+            f"recipe and them, {Path(source) / 'recipe.yaml'} weights.path={source}"
+        )
     if (Path(directory) / "transformer_2").is_dir():
         raise UsageError(f"{directory} has two transformers, and {source} would take the place of one; use a recipe")
     model: Any = assemble.from_pretrained(source)
-    name = model.plan.resolved.backbone.name
-    if not recognised.same({"name": name}, {"name": "diffusers", "model": family.model}):
-        raise UsageError(f"{source} is a {name!r} model, the pipeline is for {family.model}")
+    node = model.plan.resolved.data()["backbone"]
+    if not recognised.same(node, {"name": "diffusers", "model": family.model}):
+        what = "/".join(node[key] for key in ("name", "model") if key in node)
+        raise UsageError(f"{source} is a {what!r} model, the pipeline is for {family.model}")
     due = settings_of(directory, "transformer")
     differ = [
         f"{key} is {model.config[key]}, the pipeline's {due[key]}"
-        for key in ("in_channels", "out_channels", "text_dim")
+        for key in FITTING
         if key in due and model.config.get(key, due[key]) != due[key]
     ]
     if differ:
@@ -107,9 +122,13 @@ def built_model(source: Any, directory: str | Path, family: Family) -> nn.Module
     return model  # type: ignore[no-any-return]
 
 
+def _is_built(source: Any) -> bool:
+    return isinstance(source, str | Path) and (Path(source) / saved.FILE).is_file()
+
+
 def hash_of_built(source: Any) -> str | None:
     """The recipe's hash of the built model in the directory `source`; None when it is a recipe."""
-    if not isinstance(source, str | Path) or not (Path(source) / saved.FILE).is_file():
+    if not _is_built(source):
         return None
     found: str = saved.read(Path(source))["hash"]
     return found
@@ -228,9 +247,11 @@ def built_warnings(model: nn.Module) -> list[str]:
     plan: Plan = model.plan  # type: ignore[assignment]
     origin: dict[str, Any] = getattr(model, "origin", None) or {}
     loaded = origin.get("weights")
-    if loaded is None:
+    if fresh(model):
         return [f"{plan.name} was built without weights: its numbers are random, and so will be what it makes"]
-    if loaded["format"] in TUNED and not loaded["new"]:
+    # without a file to start from, all of it was trained, its design too
+    trained = loaded is None and "applied" not in origin
+    if trained or (loaded is not None and loaded["format"] in TUNED and not loaded["new"]):
         return []
     starts = {spec.name: spec.traits().start for spec in plan.resolved.written}
     return [
