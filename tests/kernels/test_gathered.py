@@ -17,7 +17,9 @@ from ultrazoo.kernels.block_map import BlockMap
 from ultrazoo.ops.blocks import Blocks, even_blocks, of_sizes
 from ultrazoo.testing import TOLERANCES, assert_close, error_ratio
 
-BATCH, HEADS, SIZE, VALUES = 2, 3, 8, 5
+BATCH, HEADS, SIZE = 2, 3, 8
+VALUES = SIZE
+"""Channels of values; `dense_part` sets them."""
 RAGGED = of_sizes(np.array([4, 1, 6, 3, 6, 2]))
 LAYOUTS: dict[str, tuple[Blocks, Blocks]] = {
     "even": (even_blocks(24, 6), even_blocks(24, 6)),
@@ -100,6 +102,12 @@ def asked(
     if weighted:
         log_weight = normal(BATCH, HEADS if masked else 1, 1, keys.tokens)
     return Asked(q, k, v, chosen, queries, keys, key_mask, log_weight)
+
+
+@pytest.fixture(autouse=True, params=[SIZE, 5], ids=["fused", "matmuls"])
+def dense_part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What attends to gathered keys on a CPU: torch's operator where values are as wide as keys, matmuls where not."""
+    monkeypatch.setitem(globals(), "VALUES", request.param)
 
 
 MIXED = pytest.mark.parametrize(
@@ -205,6 +213,19 @@ def test_small_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_map, "KEEP_BYTES", 0)
     for one, reference in zip(gradients(make), whole, strict=True):
         assert_close("in groups of one", one, reference, 1e-13)
+
+
+def test_which_dense_part_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that both are tested here: the backward makes its weights without `_softmax`."""
+    plain, calls = module._softmax, []
+
+    def counted(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(scores.shape)
+        return plain(scores)
+
+    monkeypatch.setattr(module, "_softmax", counted)
+    asked("even").run()
+    assert bool(calls) == (VALUES != SIZE)
 
 
 def test_pairs_are_those_of_the_lists() -> None:
