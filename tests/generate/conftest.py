@@ -1,13 +1,16 @@
-"""A tiny Wan pipeline, a place with a recipe for it, and latents that were sampled there."""
+"""A tiny Wan pipeline, a place with a recipe for it, latents that were sampled there, native models that fit it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cli.program import here
 from tests.generate.commands import made
+from tests.generate.runs import FULL, NATIVE, recipe
 from tests.generate.tiny_pipelines import pipeline_folder
 
 RECIPE = """\
@@ -39,3 +42,22 @@ def sampled(wan: Path, place: Path, capsys: Any) -> Path:
     assert made(capsys, wan).code == 0
     (place / "o.mp4").unlink()
     return place / "o.latents.safetensors"
+
+
+@pytest.fixture
+def build(place: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Builds a native Wan into the folder `name` and gives its path."""
+
+    def building(
+        name: str, attention: Any = FULL, weights: Path | None = None, more: Any = None, **changes: Any
+    ) -> Path:
+        node = {"name": "wan", **NATIVE, **changes}
+        found = recipe(attention, backbone=node, **(more or {}))
+        if weights is not None:
+            found["weights"] = {"path": str(weights)}
+        (place / f"{name}.yaml").write_text(json.dumps(found))
+        ran = here(capsys, "build", f"{name}.yaml", "-o", name)
+        assert ran.code == 0, ran.err
+        return place / name
+
+    return building
