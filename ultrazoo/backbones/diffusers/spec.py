@@ -13,6 +13,7 @@ from ...errors import Problem, UsageError, listed, near
 from ...options import FrozenMap, frozen, got
 from ...spec import option
 from ..adapted import AdaptedSpec, build_adapted, start_foreign
+from ..folder import settings_at
 from . import ADAPTERS, adapter_named, class_name_of
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from ..adapter import Adapter
     from ..session import Session
+
+PIPELINE = ("transformer",)
+"""Where a pipeline's folder keeps its model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +60,8 @@ class DiffusersSpec(AdaptedSpec):
         brought = None
         content: Any = written if written is not None else FrozenMap()
         if isinstance(written, str):
-            place, found = _config_file(beside(key, written), key)
+            place, content, found = settings_at(beside(key, written), key, PIPELINE)
             if place is None:
-                return None, None, found
-            content, found = _read(place, key)
-            if found:
                 return None, None, found
             brought = str(place.parent) if self.pretrained is not None else None
         if not isinstance(content, Mapping):
@@ -133,27 +134,6 @@ def _defaults(model: str) -> dict[str, Any]:
         for name, row in signature.parameters.items()
         if name != "self" and row.kind in (row.POSITIONAL_OR_KEYWORD, row.KEYWORD_ONLY)
     }
-
-
-def _config_file(path: Path, key: str) -> tuple[Path | None, list[Problem]]:
-    """The config.json that a path means: itself, in a model's folder, or in a pipeline's transformer."""
-    for place in (path, path / "config.json", path / "transformer" / "config.json"):
-        if place.is_file():
-            return place, []
-    rule = (
-        f"{path} is not there" if not path.exists() else f"{path} holds neither config.json nor transformer/config.json"
-    )
-    return None, [Problem(key, rule, "give a model's folder, a pipeline's, or a config.json")]
-
-
-def _read(place: Path, key: str) -> tuple[Any, list[Problem]]:
-    try:
-        content = json.loads(place.read_text())
-    except (OSError, ValueError) as error:
-        return None, [Problem(key, f"{place} cannot be read as JSON: {error}")]
-    if not isinstance(content, dict):
-        return None, [Problem(key, f"{place} holds {got(content)}, not a model's settings")]
-    return content, []
 
 
 def _plain(data: Any) -> Any:
