@@ -130,6 +130,7 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch):
         ({"steps": "7"}, "step 7 does not exist"),
         ({"width": 60}, "video.width"),
         ({"prompts": ()}, "no prompt"),
+        ({"offload": True}, "add --device cuda"),
         ({"inputs": True, "heads": "0"}, "of all heads at once"),
     ],
 )

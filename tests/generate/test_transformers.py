@@ -194,7 +194,7 @@ def test_models_that_are_fetched_for_their_work(place, wan, monkeypatch):
         self._all_hooks = []
 
     monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", offload)
-    monkeypatch.setattr("ultrazoo.generate.run._require_offload", lambda *_: None)
+    monkeypatch.setattr("ultrazoo.generate.before.require_offload", lambda *_: None)
     moved = latents(recipe(WINDOWS), wan, place / "moved", offload=True)
     assert len(seen) == 1
     assert seen[0].transformer is None

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import assemble, inplace
@@ -48,6 +49,12 @@ def require_places(wanted: Wanted, family: Family, latents: bool = True) -> None
         _require_room(place, MARGIN_BYTES)
 
 
+def require_offload(offload: bool, device: torch.device) -> None:
+    """Raise UsageError where nothing can be offloaded."""
+    if offload and device.type == "cpu":
+        raise UsageError("--offload keeps models in the CPU's memory while they wait for a GPU; add --device cuda")
+
+
 def require_room_for(grid: Grid, request: Request, wanted: Wanted, itemsize: int) -> None:
     """Raise OutputError where latents and output would not fit on the disk.
 
@@ -58,14 +65,20 @@ def require_room_for(grid: Grid, request: Request, wanted: Wanted, itemsize: int
     _require_room(wanted.out, request.frames * request.width * request.height * 3 // 5 + MARGIN_BYTES)
 
 
-def _require_room(place: Path, need: int) -> None:
+def folder_for(place: Path) -> Path:
+    """The nearest folder above `place` that exists. Raises OutputError where nothing can be written into it."""
     folder = place.absolute().parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
         raise OutputError(f"cannot write {place}: {folder} is a file, not a directory")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write {place}: permission denied in {folder}; choose another place")
+        raise OutputError(f"cannot write {place}: permission denied in {folder}; choose another place with -o")
+    return folder
+
+
+def _require_room(place: Path, need: int) -> None:
+    folder = folder_for(place)
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OutputError(f"cannot write {place}: {human(free)} are free there and about {human(need)} are needed")

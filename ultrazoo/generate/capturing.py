@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from .. import assemble, inplace
 from ..analysis.capture import LIMIT_BYTES, Enough, Recorder, chosen, item_bytes
 from ..analysis.capture_files import INDEX, Capture, ModelFacts
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
 from ..recipe import Plan
 from ..weights.disk import check_space, human
 from . import before
@@ -64,8 +63,7 @@ class Estimate:
 
 def prompts_in(file: str | Path) -> tuple[str, ...]:
     """The prompts of a text file, one a line, empty lines left out. Raises UsageError for none."""
-    before.prompt_in(file)
-    lines = (line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in before.prompt_in(file).splitlines())
     return tuple(line for line in lines if line)
 
 
@@ -77,6 +75,8 @@ def capture_pipeline(directory: str | Path, wanted: CaptureWanted, say: Say = pr
     """
     if not wanted.prompts:
         raise UsageError("there is no prompt: give a file with one a line")
+    device, dtype = torch.device(wanted.device), assemble.DTYPES[wanted.dtype]
+    before.require_offload(wanted.offload, device)
     family, index = described(directory)
     if family.kind == "video" and wanted.frames == 1:
         say("one frame is captured; --frames says how many")
@@ -86,7 +86,6 @@ def capture_pipeline(directory: str | Path, wanted: CaptureWanted, say: Say = pr
     say(f"{found.files} files, about {human(found.nbytes)}")
     _require_room(wanted, found)
     asked = _request(directory, index, wanted)
-    device, dtype = torch.device(wanted.device), assemble.DTYPES[wanted.dtype]
     if _done(wanted.out, asked):
         say(f"{wanted.out} is complete: nothing to do")
         return Capture.load(wanted.out)
@@ -157,13 +156,7 @@ def _planned(directory: str | Path, wanted: CaptureWanted, family: Any) -> tuple
         seed=wanted.seed,
         dtype=wanted.dtype,
     )
-    recipe = {
-        "name": "capture",
-        "video": {"width": wanted.width, "height": wanted.height, "frames": wanted.frames},
-        "sampling": {"steps": wanted.sampling_steps},
-        "attention": {"*": {"name": "full"}},
-    }
-    plan = before.plan_of(recipe, directory, family, one, ())
+    plan = before.plan_of({"name": "capture", "attention": {"*": {"name": "full"}}}, directory, family, one, ())
     return plan, before.request_of(plan, one, family)
 
 
@@ -180,11 +173,10 @@ def estimate(plan: Plan, wanted: CaptureWanted, steps: int) -> Estimate:
         item_bytes(facts, plan.grid.tokens, sites[layer].extra_tokens, heads, wanted.inputs, itemsize)
         for layer in layers
     )
-    if wanted.inputs:
-        width, dim = sites[0].heads * sites[0].head_dim, sites[0].dim
-        size += len(layers) * 3 * width * (dim + 1) * itemsize // max(1, steps * len(wanted.prompts))
     times = steps * len(wanted.prompts)
-    return Estimate(times * len(layers), times * size)
+    width, dim = sites[0].heads * sites[0].head_dim, sites[0].dim
+    projections = 3 * width * (dim + 1) * itemsize if wanted.inputs else 0
+    return Estimate(times * len(layers), times * size + len(layers) * projections)
 
 
 def _require_room(wanted: CaptureWanted, found: Estimate) -> None:
@@ -193,13 +185,8 @@ def _require_room(wanted: CaptureWanted, found: Estimate) -> None:
             f"this capture comes to about {human(found.nbytes)} in {found.files} files, the limit is {human(wanted.limit)}: take "
             "fewer prompts, steps, layers or heads, a smaller size, or raise --limit"
         )
-    folder = wanted.out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {wanted.out}: {folder} is a file, not a directory")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write {wanted.out}: permission denied in {folder}; choose another place with -o")
+    # a file is to stand in it
+    folder = before.folder_for(wanted.out / INDEX)
     there = Capture.load(wanted.out).nbytes if (wanted.out / INDEX).is_file() else 0
     check_space(folder, max(0, found.nbytes - there))
 

@@ -37,7 +37,7 @@ def generate(
     family, index = described(directory)
     before.require_places(wanted, family)
     device = torch.device(wanted.device)
-    _require_offload(wanted, device)
+    before.require_offload(wanted.offload, device)
     elements = weight_elements(directory, index)
     model = before.built_model(source, directory, family)
     if model is None:
@@ -108,7 +108,7 @@ def resume(
     if not all(torch.isfinite(one).all() for one in latents.video if isinstance(one, torch.Tensor)):
         raise UsageError(f"{file} holds values that are not finite: sampling went wrong, decoding cannot help")
     device = torch.device(wanted.device)
-    _require_offload(wanted, device)
+    before.require_offload(wanted.offload, device)
     dtype = assemble.DTYPES[wanted.dtype or facts["dtype"]]
     elements = {name: n for name, n in weight_elements(directory, index).items() if name in KEPT}
     request = Request(facts["prompt"], facts["width"], facts["height"], facts["frames"], facts["steps"])
@@ -123,11 +123,6 @@ def resume(
 
 def _sizes(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: facts[name] for name in ("width", "height", "frames", "steps", "guidance", "dtype")}
-
-
-def _require_offload(wanted: Wanted, device: torch.device) -> None:
-    if wanted.offload and device.type == "cpu":
-        raise UsageError("--offload keeps models in the CPU's memory while they wait for a GPU; add --device cuda")
 
 
 def _save(latents: Latents, wanted: Wanted, say: Say) -> Path:
