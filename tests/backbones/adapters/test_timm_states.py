@@ -1,4 +1,4 @@
-"""`apply` and `remove` on timm models that are quantised, under LoRAs or offloaded; their weights and tuned ones from files."""
+"""`apply` and `remove` on timm models that are quantised, under LoRAs or offloaded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import nn
 import ultrazoo
 from tests.backbones.adapters.states import LORA, OWN
 from tests.backbones.adapters.test_states_weights import CPU, Int8Linear, RoundedTensor, by_accelerate, by_model
-from tests.backbones.adapters.vits import GRIDS, VITS, image, made, recipe
-from tests.weights.models import same
-from ultrazoo.errors import UsageError, WeightsError
+from tests.backbones.adapters.vits import GRIDS, image, made, recipe
+from ultrazoo.errors import UsageError
 from ultrazoo.testing import error_ratio
 
 NAMES = ["DeiT-3", "DINOv3", "EVA-02, projections apart"]
@@ -172,69 +171,3 @@ def test_hooks_of_offloading_taken_away_again():
     # accelerate leaves the class's own forward as an attribute
     ultrazoo.apply(model, recipe(LORA))
     assert torch.equal(run(model, x), due)
-
-
-# files
-
-
-def backbone(name: str) -> dict[str, Any]:
-    return {"name": "timm", "model": VITS[name].model, "config": {**VITS[name].arguments}}
-
-
-def saved(model: Any, tmp_path: Any, kind: str) -> Any:
-    """The model in a file or folder as timm and its training script write them."""
-    from timm.models import save_for_hf
-
-    if kind in ("folder", "safetensors"):
-        save_for_hf(model, tmp_path / "hub", safe_serialization="both")
-        return tmp_path / "hub" / ("model.safetensors" if kind == "safetensors" else "")
-    if kind == "bin":
-        save_for_hf(model, tmp_path / "hub")
-        return tmp_path / "hub" / "pytorch_model.bin"
-    path = tmp_path / "x.pth"
-    state = model.state_dict()
-    torch.save({"pth": state, "training": {"epoch": 3, "arch": "x", "state_dict": state}}[kind], path)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["folder", "safetensors", "bin", "pth", "training"])
-@pytest.mark.parametrize("name", [*NAMES, "EVA-02", "rotation, learned", "two class tokens"])
-def test_a_checkpoint_of_timm_is_built_into_a_recipe(tmp_path, name, kind):
-    stock = made(name)
-    x = image(stock, GRIDS[0])
-    given = {"backbone": backbone(name), "dtype": "float32", "weights": {"path": str(saved(stock, tmp_path, kind))}}
-    built = ultrazoo.build(recipe("full", **given)).eval()
-    assert all(torch.equal(built.state_dict()[key], tensor) for key, tensor in stock.state_dict().items())
-    assert error_ratio(run(built, x), run(stock, x)) <= 1e-5
-    design = ultrazoo.build(recipe(LORA, **given)).eval()
-    ultrazoo.apply(stock, recipe(LORA))
-    assert same(design.state_dict(), stock.state_dict())
-
-
-def test_a_checkpoint_of_another_size_or_model_is_refused(tmp_path):
-    path = saved(made("DeiT-3", depth=3, num_classes=7), tmp_path, "pth")
-    with pytest.raises(WeightsError, match=r"(?s)wrong shape +head\.bias.*unexpected +blocks\.2"):
-        ultrazoo.build(recipe("full", backbone=backbone("DeiT-3"), weights={"path": str(path)}))
-    path = saved(made("EVA-02"), tmp_path, "pth")
-    with pytest.raises(WeightsError, match=r"missing +\S*blocks\.0-1\.attn\.qkv\.bias"):
-        ultrazoo.build(recipe("full", backbone=backbone("DeiT-3"), weights={"path": str(path)}))
-
-
-def test_tuned_parameters_of_a_design_come_back(tmp_path):
-    model = made("DINOv3")
-    x = image(model, GRIDS[0])
-    ultrazoo.apply(model, recipe(LORA))
-    torch.manual_seed(4)
-    for path, parameter in model.named_parameters():
-        if ".processor." in path:
-            nn.init.normal_(parameter, std=0.3)
-    due = run(model, x)
-    ultrazoo.save(model, tmp_path / "new", parts="new")
-    other = made("DINOv3")
-    ultrazoo.apply(other, recipe(LORA, weights={"path": str(tmp_path / "new")}))
-    assert torch.equal(run(other, x), due)
-    ultrazoo.save(model, tmp_path / "whole")
-    assert torch.equal(run(ultrazoo.from_pretrained(tmp_path / "whole").eval(), x), due)
-    fresh = made("DINOv3")
-    ultrazoo.apply(fresh, recipe(LORA))
-    assert error_ratio(run(fresh, x), due) > 1e-2, "null test"

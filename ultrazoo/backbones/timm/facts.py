@@ -100,6 +100,29 @@ def settings(model: Any, usual: Any) -> dict[str, Any]:
     return {name: of(model) for name, of in SETTINGS.items() if of(model) != of(usual)}
 
 
+def written(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of the model whose config.json is `content`, as timm reads it; raises ValueError with the reason.
+
+    `model_args` are what it was created with; facts of the weights fill what they leave open. Older files hold those at the
+    top.
+    """
+    name, arguments = content.get("architecture"), content.get("model_args", {})
+    facts = content.get("pretrained_cfg", content)
+    if not isinstance(name, str):
+        raise ValueError("names no architecture: it is not of timm")
+    if not isinstance(arguments, Mapping) or not isinstance(facts, Mapping):
+        raise ValueError("holds no mapping as model_args and pretrained_cfg")
+    usual = {"num_classes": content.get("num_classes", facts.get("num_classes"))}
+    size = facts.get("input_size")
+    if size is not None:
+        if not isinstance(size, list) or len(size) != 3:
+            raise ValueError(f"has the input_size {size!r}, which is no (channels, height, width)")
+        usual["in_chans"] = size[0]
+        if facts.get("fixed_input_size") and not arguments.get("dynamic_img_size"):
+            usual["img_size"] = size[1:]
+    return name, {**{key: value for key, value in usual.items() if value is not None}, **arguments}
+
+
 def differences(model: nn.Module, other: nn.Module) -> list[str]:
     """What one of two models alone has, or has in another size, by name. What a recipe added does not count, and neither do
     the ways to hold a linear: quantised, under a LoRA."""

@@ -15,7 +15,8 @@ from ...grid import Grid
 from ...options import FrozenMap, frozen, got
 from ...spec import Data, Video, option
 from ..adapted import AdaptedSpec, build_adapted, start_foreign
-from .facts import CLASSES, differences, read, settings, unsupported
+from ..folder import settings_at
+from .facts import CLASSES, differences, read, settings, unsupported, written
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +29,7 @@ HINT = "write backbone: {name: timm, model: NAME, config: {…}} in the recipe, 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmSpec(AdaptedSpec):
-    """A vision transformer of timm. Its weights are the recipe's `weights`; nothing is downloaded."""
+    """A vision transformer of timm. `pretrained` is a folder as timm's own hub has them, and brings its weights along."""
 
     name: ClassVar[str] = "timm"
     source: ClassVar[str] = "the timm library"
@@ -38,6 +39,7 @@ class TimmSpec(AdaptedSpec):
 
     model: str = option("", "name of a model, such as deit3_small_patch16_224")
     config: Data | None = option(None, "arguments of timm.create_model; dynamic_img_size is true unless given")  # type: ignore[assignment]
+    pretrained: str | None = option(None, "folder with timm's config.json and weights; instead of config")
 
     @classmethod
     def serves(cls) -> str:
@@ -73,6 +75,8 @@ class TimmSpec(AdaptedSpec):
 
     def settled(self, beside: Callable[[str, str], Path]) -> tuple[TimmSpec | None, str | None, list[Problem]]:
         timm = timm_library()
+        if self.pretrained is not None:
+            return self._brought(beside("pretrained", self.pretrained), beside)
         if not self.model:
             return None, None, [Problem("model", "the model is not named", "timm.list_models() lists the names")]
         if not timm.is_model(self.model):
@@ -102,6 +106,26 @@ class TimmSpec(AdaptedSpec):
         if wrong:
             return None, None, [Problem("config", wrong)]
         return replace(self, config=config), None, []
+
+    def _brought(
+        self, path: Path, beside: Callable[[str, str], Path]
+    ) -> tuple[TimmSpec | None, str | None, list[Problem]]:
+        """The model of the folder `path`, which brings its weights."""
+        if self.config is not None:
+            return None, None, [Problem("pretrained", "give either 'config' or 'pretrained', not both")]
+        place, content, found = settings_at(path, "pretrained")
+        if place is None:
+            return None, None, found
+        try:
+            said, config = written(content)
+        except ValueError as error:
+            return None, None, [Problem("pretrained", f"{place} {error}")]
+        if self.model.partition(".")[0] not in ("", said):
+            rule = f"the recipe says {self.model!r}, the folder {said!r}"
+            return None, None, [Problem("model", rule, "let one of them go")]
+        settled, _, found = replace(self, model=said, config=frozen(config), pretrained=None).settled(beside)
+        wrong = [replace(one, path="pretrained", rule=f"{place}, {one.path}: {one.rule}") for one in found]
+        return settled, None if settled is None else str(place.parent), wrong
 
     def adapter(self) -> Adapter:
         from .vit import EvaAdapter, VitAdapter
