@@ -158,6 +158,8 @@ def test_a_design_says_what_it_needs_and_cannot_take() -> None:
     x = torch.randn(2, 2 * 4 * 4, 16)
     with pytest.raises(UsageError, match="'branched' needs the timestep of every call"):
         gated(x, (2, 4, 4))
+    with pytest.raises(UsageError, match="needs the timestep of every call"):
+        torch.compile(gated, backend="eager")(x, (2, 4, 4))
     resized = ultrazoo.create_attention(
         "ultragen", dim=16, heads=2, windows=2, rank=2, variant="released", layer=5, layers=30
     )

@@ -151,6 +151,13 @@ def test_a_grid_of_two_numbers_is_an_image(grid: tuple[int, ...]) -> None:
     assert torch.equal(module(torch.ones(1, 12, 16), grid), module(torch.ones(1, 12, 16), (1, 3, 4)))
 
 
+def test_a_grid_of_two_numbers_is_an_image_in_a_graph_too() -> None:
+    module = create_attention("full", dim=16, heads=2)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    x = torch.randn(1, 12, 16)
+    assert error_ratio(compiled(x, (3, 4)), module(x, (1, 3, 4))) < 1e-6
+
+
 @pytest.mark.parametrize("grid", [(3,), (1, 2, 3, 4), (0, 3, 4), (-1, 3, 4), (1.5, 3, 4), 7, None, "ab"], ids=str)
 def test_what_is_no_grid_is_told(grid: Any) -> None:
     module = create_attention("full", dim=16, heads=2)

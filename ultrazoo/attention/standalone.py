@@ -112,7 +112,8 @@ class Standalone(nn.Module):
             grid = self._checked_grid(grid)
             if extra is not None and isinstance(self.host, PlainHost):
                 same_dtype(extra, self.host.k.weight)
-        call = Call(grid=(grid[0], grid[1], grid[2]), timestep=timestep, extra=extra, key_valid=key_valid)
+        t, h, w = grid if len(grid) == 3 else (1, *grid)
+        call = Call(grid=(t, h, w), timestep=timestep, extra=extra, key_valid=key_valid)
         return self.attention(x, self.host, call)
 
     def _checked_grid(self, grid: Sequence[int]) -> Grid:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...errors import Problem, listed, near
+from ...errors import Problem, UsageError, listed, near
 from ...ops.embed import sinusoid
 from ...ops.init import Constant, Values, marked
 from ...spec import Site, Tree, option
@@ -200,7 +200,9 @@ class _TimeGate(nn.Module):
         self.gates = nn.ModuleList(gates)
 
     def forward(self, outputs: dict[str, Tensor], x: Tensor, call: Call, lse: dict[str, Tensor]) -> Tensor:
-        assert call.timestep is not None, "the contract asks for it"
+        if call.timestep is None:
+            # the contract asks for it before, but not where a compiler follows
+            raise UsageError("fuse time_gate needs the timestep of every call: give timestep (B,) on the 0..1000 scale")
         embedded = sinusoid(call.timestep, SINUSOID, self.gates[0][0].weight.dtype)  # type: ignore[index]
         # (B, 1 | T | N, gates) → broadcastable over (B, T, H, W, heads*D)
         gates = []
