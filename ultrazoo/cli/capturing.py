@@ -7,9 +7,9 @@ from pathlib import Path
 
 import typer
 
-from ..errors import UsageError, near
+from ..errors import UsageError
 from . import common, out
-from .generating import DTYPES, checked_device, size_of
+from .generating import DTYPES
 
 NAME = "capture"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -49,13 +49,9 @@ def command(
     Samples every prompt and writes, for the steps, layers and heads asked for, q, k and v as they go into the softmax. The
     size is estimated first and bounded by --limit. The same command goes on where it was cut off.
     """
-    if dtype not in DTYPES:
-        hint = near(dtype, DTYPES)
-        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, got {dtype!r}" + (f"; {hint}" if hint else ""))
+    common.one_of(dtype, DTYPES, "--dtype")
     bound = bytes_of(limit)
-    width, height = size_of(size)
-    assert width is not None
-    assert height is not None
+    width, height = common.size_of(size)
     from ..generate.capturing import CaptureWanted, capture_pipeline, prompts_in
 
     wanted = CaptureWanted(
@@ -71,7 +67,7 @@ def command(
         inputs=inputs,
         guidance=guidance,
         seed=seed,
-        device=checked_device(device),
+        device=common.checked_device(device),
         dtype=dtype,
         offload=offload,
         limit=bound,

@@ -1,4 +1,4 @@
-"""What several verbs share: telling recipes from overrides, and the options that they have in common."""
+"""What several verbs share: telling recipes from overrides, and the options that they have in common and how they are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, near
 
 GLOBALS = "--debug and --plugin FILE.py may stand anywhere on the line."
 
@@ -36,6 +36,38 @@ def split(arguments: Sequence[str], *, verb: str, many: bool = False) -> tuple[l
             f"{verb} takes one recipe followed by key=value overrides, got {len(recipes)} recipes: {', '.join(recipes)}"
         )
     return recipes, overrides
+
+
+def one_of(value: str | None, allowed: Sequence[str], flag: str) -> None:
+    """Raise UsageError unless the value of `flag` is allowed, or None."""
+    if value is not None and value not in allowed:
+        hint = near(value, allowed)
+        raise UsageError(f"{flag} is one of {', '.join(allowed)}, got {value!r}" + (f"; {hint}" if hint else ""))
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """``832x480`` as width and height in pixels. Raises UsageError."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise UsageError(f"--size is WIDTHxHEIGHT in pixels, as 832x480, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def checked_device(name: str) -> str:
+    """`name` where torch has such a device; raises UsageError."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise UsageError("--device cuda: torch finds no CUDA device here")
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    return name
 
 
 def complete_recipe(incomplete: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import typer
 
 from ..cost import units
-from ..errors import UsageError, near
+from ..errors import UsageError
 from . import common, out
 
 NAME = "generate"
@@ -54,9 +53,9 @@ def command(
     Latents are saved before they are decoded, so that a failed decoding loses nothing: --from-latents goes on from there.
     A recipe, size, prompt or seed given beside --from-latents must be the one that they were sampled with.
     """
-    _require(dtype, DTYPES, "--dtype")
-    _require(tile, TILES, "--tile")
-    width, height = size_of(size)
+    common.one_of(dtype, DTYPES, "--dtype")
+    common.one_of(tile, TILES, "--tile")
+    width, height = (None, None) if size is None else common.size_of(size)
     from ..generate import before, run
     from ..generate.wanted import Wanted
 
@@ -75,7 +74,7 @@ def command(
         guidance=guidance,
         seed=seed,
         fps=fps,
-        device=checked_device(device),
+        device=common.checked_device(device),
         dtype=dtype,
         tile=tile,
         latents=latents,
@@ -107,35 +106,3 @@ def _show(made: Any, json: bool) -> None:
         return
     spent = f"sampled in {units.duration(made.sampling_s)}, decoded in {units.duration(made.decoding_s)}"
     out.echo(f"{made.out}: {made.note['width']}x{made.note['height']}, {made.note['frames']} frames, {spent}")
-
-
-def _require(value: str | None, allowed: tuple[str, ...], flag: str) -> None:
-    if value is not None and value not in allowed:
-        hint = near(value, allowed)
-        raise UsageError(f"{flag} is one of {', '.join(allowed)}, got {value!r}" + (f"; {hint}" if hint else ""))
-
-
-def size_of(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise UsageError(f"--size is WIDTHxHEIGHT in pixels, as 832x480, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def checked_device(name: str) -> str:
-    """`name` where torch has such a device; raises UsageError."""
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not count:
-            raise UsageError("--device cuda: torch finds no CUDA device here")
-        if (device.index or 0) >= count:
-            raise UsageError(f"--device {name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
-    return name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..errors import UltrazooError, UsageError, near
+from ..errors import UltrazooError
 from . import common, out
 from .planning import picture_form, write_picture
 
@@ -40,13 +40,10 @@ def command(
     """
     recipes, overrides = common.split(arguments, verb="probe", many=True)
     form = picture_form(plot, force)
-    if dtype is not None and dtype not in DTYPES:
-        hint = near(dtype, DTYPES)
-        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, got {dtype!r}" + (f"; {hint}" if hint else ""))
+    common.one_of(dtype, DTYPES, "--dtype")
     from .. import assemble
     from ..analysis import probe_table
     from ..analysis.probe import probe
-    from .generating import checked_device
 
     found = probe(
         recipes,
@@ -54,7 +51,7 @@ def command(
         *overrides,
         layers=layers,
         steps=steps,
-        device=checked_device(device),
+        device=common.checked_device(device),
         dtype=None if dtype is None else assemble.DTYPES[dtype],
         queries=queries,
         say=out.note,
