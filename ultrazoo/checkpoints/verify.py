@@ -97,6 +97,10 @@ def verify(path: str | os.PathLike[str], plan: Plan | None = None, *, progress: 
             if progress is not None:
                 progress(done, total, name)
 
+        # files of other libraries' models have no layout of their own to be told by: the recipe says it
+        named, before = form.name if form is not None else None, prefix
+        if found is not None:
+            named, before = found.format, found.prefix
         dtypes: Counter[str] = Counter()
         for entry in checkpoint.entries.values():
             dtypes[str(entry.dtype).removeprefix("torch.")] += entry.numel
@@ -104,8 +108,8 @@ def verify(path: str | os.PathLike[str], plan: Plan | None = None, *, progress: 
             str(checkpoint.path),
             tuple((file.name, file.stat().st_size, digest.of_file(file, count)) for file in checkpoint.files),
             digest.of_tensors(checkpoint, form, prefix, count),
-            form.name if form is not None else None,
-            prefix,
+            named,
+            before,
             len(checkpoint),
             sum(dtypes.values()),
             dict(dtypes.most_common()),
