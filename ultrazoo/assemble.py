@@ -19,6 +19,7 @@ from torch import nn
 
 from . import __version__, recipe
 from .backbones.adapted import AdaptedSpec
+from .backbones.placed import inside
 from .errors import OutputError, UltrazooError, UsageError, WeightsError, listed
 from .weights import config
 from .weights.disk import write_bytes
@@ -129,18 +130,11 @@ def save(
     """
     if parts not in ("all", "new"):
         raise UsageError(f"parts is all or new, got {parts!r}")
-    # torch.compile wraps the model and prefixes its names
-    model = getattr(model, "_orig_mod", model)
-    plan = getattr(model, "plan", None)
-    if plan is None:
-        raise UsageError(
-            "this model has no plan: save takes models made by build or from_pretrained, or changed by apply"
-        )
+    model, plan, origin = planned(model)
     slots = _parts(plan, model, parts)
     if any(slot.get().is_meta for slot in slots):
         raise UsageError("this model is on the meta device: it has no numbers to save")
     _same_parameters(plan, slots, parts)
-    origin = getattr(model, "origin", None) or {"seed": None, "weights": None}
     refuse_existing(Path(os.path.realpath(directory)), force)
     write_directory(
         plan,
@@ -154,6 +148,20 @@ def save(
         extra_files,
         parts,
     )
+
+
+def planned(model: nn.Module) -> tuple[nn.Module, Plan, Mapping[str, Any]]:
+    """A model without what is wrapped around it (which prefixes its names), its plan and where its numbers come from.
+
+    Raises UsageError for a model without a plan.
+    """
+    model = inside(model)
+    plan = getattr(model, "plan", None)
+    if plan is None:
+        raise UsageError(
+            "this model has no plan: save takes models made by build or from_pretrained, or changed by apply"
+        )
+    return model, plan, getattr(model, "origin", None) or {"seed": None, "weights": None}
 
 
 def from_pretrained(

@@ -15,7 +15,7 @@ from torch import nn
 
 from . import recipe
 from .backbones.adapted import AdaptedSpec
-from .backbones.placed import MARK, uninstall
+from .backbones.placed import MARK, inside, uninstall
 from .backbones.recognised import node_of, same
 from .backbones.session import Session
 from .errors import UsageError, WeightsError, listed
@@ -158,20 +158,11 @@ def _models(target: Any) -> dict[str, nn.Module]:
 
 
 def _inside(model: nn.Module) -> nn.Module:
-    """The model itself, without what torch.compile or peft put around it. Raises UsageError for a wrapper that has to know
-    every parameter from its start."""
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            raise UsageError(
-                f"{type(inner).__name__} knows only the parameters it was made with: apply first, then wrap"
-            )
-        else:
-            return inner  # type: ignore[no-any-return]
+    """The model itself. Raises UsageError for a wrapper that has to know every parameter from its start."""
+    inner = inside(model)
+    if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise UsageError(f"{type(inner).__name__} knows only the parameters it was made with: apply first, then wrap")
+    return inner
 
 
 def plan_for(backbone: dict[str, Any], source: Source, overrides: tuple[str, ...] = ()) -> Plan:

@@ -61,6 +61,18 @@ class Placed:
         self.installed.enter(model, args, kwargs)
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """The model itself, without what torch.compile or peft put around it."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            return inner  # type: ignore[no-any-return]
+
+
 def changed(spec: AdaptedSpec, session: Session) -> Iterator[tuple[int, str, str]]:
     """Layer number, group and module path of every attention that the session replaces; `original` is left alone."""
     groups = spec.adapter().paths(spec.settings())

@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from .. import assemble
-from ..errors import UsageError
 from .modelcard import card
 
 if TYPE_CHECKING:
@@ -30,12 +29,6 @@ def save(
     of the model itself: `weights` of a recipe names it when that is applied again. Raises UsageError for a model without a plan or whose parameters are not
     the plan's (adapters must be merged or removed first), OutputError when the place cannot be written.
     """
-    inner = getattr(model, "_orig_mod", model)
-    plan = getattr(inner, "plan", None)
-    if plan is None:
-        raise UsageError(
-            "this model has no plan: save takes models made by build or from_pretrained, or changed by apply"
-        )
-    origin = getattr(inner, "origin", None) or {"seed": None, "weights": None}
+    _, plan, origin = assemble.planned(model)
     files = {"README.md": lambda: card(plan, origin=origin, report=False, parts=parts).encode(), **(extra_files or {})}
     assemble.save(model, directory, parts=parts, force=force, progress=progress, extra_files=files)

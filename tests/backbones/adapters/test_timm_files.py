@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ultrazoo
 from tests.backbones.adapters.states import LORA
-from tests.backbones.adapters.test_timm_states import NAMES, run
+from tests.backbones.adapters.test_timm_states import NAMES, add_lora, run
 from tests.backbones.adapters.vits import GRIDS, VITS, image, made, recipe
+from tests.cli.program import here
 from tests.weights.models import same
 from ultrazoo.errors import RecipeError, WeightsError
 from ultrazoo.testing import error_ratio
@@ -63,6 +66,28 @@ def test_a_checkpoint_of_another_size_or_model_is_refused(tmp_path):
         ultrazoo.build(recipe("full", backbone=backbone("DeiT-3"), weights={"path": str(path)}))
 
 
+def test_a_folder_is_held_against_a_recipe(capsys, tmp_path):
+    stock = made("EVA-02")
+    folder = saved(stock, tmp_path, "folder")
+    save_file({f"module.{key}": tensor for key, tensor in stock.state_dict().items()}, tmp_path / "x.safetensors")
+    given = recipe(LORA, backbone={"name": "timm", "pretrained": str(folder)}, schema=1)
+    (tmp_path / "r.yaml").write_text(json.dumps(given))
+    for file, prefix in ((folder, ""), (tmp_path / "x.safetensors", "module.")):
+        ran = here(capsys, "check", "--weights", file, tmp_path / "r.yaml", "--json")
+        told = json.loads(ran.out)
+        assert (ran.code, told["fits"], told["format"], told["prefix"]) == (0, True, "timm", prefix)
+        assert told["reused"] == len(stock.state_dict())
+    ran = here(
+        capsys, "check", "--weights", folder, tmp_path / "r.yaml", "backbone.pretrained=null", "backbone.model=x"
+    )
+    assert ran.code == 2
+    assert "has no model" in ran.err
+    # no recipe, no layout: what it is cannot be told
+    ran = here(capsys, "check", "--weights", folder)
+    assert ran.code == 3
+    assert "is of no known format" in ran.out
+
+
 def test_tuned_parameters_of_a_design_come_back(tmp_path):
     model = made("DINOv3")
     x = image(model, GRIDS[0])
@@ -73,6 +98,8 @@ def test_tuned_parameters_of_a_design_come_back(tmp_path):
             nn.init.normal_(parameter, std=0.3)
     due = run(model, x)
     ultrazoo.save(model, tmp_path / "new", parts="new")
+    ultrazoo.save(add_lora(copy.deepcopy(model)), tmp_path / "wrapped", parts="new")
+    assert same(*(load_file(tmp_path / one / "model.safetensors") for one in ("new", "wrapped")))
     other = made("DINOv3")
     ultrazoo.apply(other, recipe(LORA, weights={"path": str(tmp_path / "new")}))
     assert torch.equal(run(other, x), due)
