@@ -224,6 +224,18 @@ def test_the_limit_is_kept_and_can_be_raised(tmp_path):
     assert len(Capture.load(tmp_path / "c").items) == 6
 
 
+def test_projections_count_towards_the_limit(tmp_path):
+    model = model_of()
+    given = arguments()
+    record(model, given, tmp_path / "c", times=1, layers="0", inputs=True)
+    held = Capture.load(tmp_path / "c")
+    on_disk = sum(file.stat().st_size for file in held.directory.glob("*.safetensors"))
+    assert held.nbytes == on_disk > sum(item.nbytes for item in held.items) + 3 * 24 * 24 * 4
+    with pytest.raises(UsageError, match="more than the limit"):
+        record(model, given, tmp_path / "d", times=1, layers="0", inputs=True, limit=held.items[0].nbytes)
+    assert not (tmp_path / "d").exists()
+
+
 def test_other_requests_models_and_places_are_refused(tmp_path):
     model = model_of()
 

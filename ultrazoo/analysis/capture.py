@@ -22,16 +22,14 @@ from ..errors import OutputError, UsageError, listed
 from ..grid import Grid
 from ..ops import init
 from ..recipe.layers import Axis, assign
-from ..spec import Segment
+from ..spec import Segment, Site
 from ..weights.disk import human
 from ..weights.slots import attention_paths, seeded
 from .capture_files import INDEX, Capture, Item, ModelFacts, host_key, item_name, same_request, write_tensors
-from .capture_host import projections
+from .capture_host import close, projections
 from .probe_host import turned
 
 LIMIT_BYTES = 4 * 10**9
-TURN_ERROR = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Most that q may differ, RMS over RMS, where site and coordinates are to say how it was rotated."""
 
 
 class Enough(Exception):
@@ -119,7 +117,7 @@ class Recorder:
         self._forwards = dict.fromkeys(models, -1)
         self._handles: list[Any] = []
         self.capture = _opened(Path(out), request, facts, self.heads, inputs)
-        self._have = {item.file for item in self.capture.items if _whole(self.capture, item)}
+        self._have = {item.file for item in self.capture.items if self.capture.whole(item)}
 
     def __enter__(self) -> Recorder:
         for component, model in self.models.items():
@@ -184,19 +182,19 @@ class Recorder:
             facts = replace(facts, turns=_turns(facts, x, host, call, q))
             self.capture = replace(self.capture, models={**self.capture.models, component: facts})
         tensors = self._tensors(x, q, k, v, call)
-        need = sum(z.numel() * z.element_size() for z in tensors.values())
+        key = host_key(component, layer)
+        host_tensors, notes = self._host(key, host, x, facts.site)
+        need = sum(z.numel() * z.element_size() for z in [*tensors.values(), *host_tensors.values()])
         if self.capture.nbytes + need > self.limit:
             raise UsageError(
                 f"{self.capture.directory} holds {human(self.capture.nbytes)} and the next file has {human(need)}: together "
                 f"more than the limit of {human(self.limit)}. What is there is whole and can be probed; take fewer layers, "
                 "steps or heads, or raise the limit and run the same again"
             )
-        key = host_key(component, layer)
-        if self.capture.inputs and key not in self.capture.hosts:
-            found = projections(host, x, facts.site)
-            if not isinstance(found, str):
-                write_tensors(self.capture.directory / f"host-{key}.safetensors", *found)
-                self.capture = replace(self.capture, hosts={**self.capture.hosts, key: f"host-{key}.safetensors"})
+        if host_tensors:
+            name = f"host-{key}.safetensors"
+            write_tensors(self.capture.directory / name, host_tensors, notes)
+            self.capture = replace(self.capture, hosts={**self.capture.hosts, key: name})
         size = write_tensors(self.capture.directory / file, tensors)
         frame = getattr(host, "frame", None)
         places = None if frame is None else frame.coordinates
@@ -218,6 +216,13 @@ class Recorder:
         self.capture.save()
         self._have.add(file)
         self.written += 1
+
+    def _host(self, key: str, host: Any, x: Tensor, site: Site) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Projections and norms of a layer, where they are asked for and neither there nor of a kind that nobody knows."""
+        if not self.capture.inputs or key in self.capture.hosts:
+            return {}, {}
+        found = projections(host, x, site)
+        return ({}, {}) if isinstance(found, str) else found
 
     def _tensors(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call) -> dict[str, Tensor]:
         heads = list(self.heads)
@@ -323,11 +328,6 @@ def _bare(facts: ModelFacts) -> Any:
     return ModelFacts.of(facts.data()).site
 
 
-def _whole(held: Capture, item: Item) -> bool:
-    path = held.directory / item.file
-    return path.is_file() and path.stat().st_size == item.nbytes
-
-
 def _turns(facts: ModelFacts, x: Tensor, host: Any, call: Call, q: Tensor) -> bool:
     """Whether rotating by the facts alone gives the host's own q."""
     if facts.site.rope is None:
@@ -335,9 +335,7 @@ def _turns(facts: ModelFacts, x: Tensor, host: Any, call: Call, q: Tensor) -> bo
     plain, _, _ = host.heads(host.project(x, "q"), None, None, None)
     frame = getattr(host, "frame", None)
     places = None if frame is None else frame.coordinates
-    ours = turned(plain, grid_positions(call.grid, x.device), facts.site.rope, places).float()
-    error = (ours - q.float()).norm() / q.float().norm()
-    return bool(error <= TURN_ERROR.get(q.dtype, 2e-2))
+    return close(turned(plain, grid_positions(call.grid, x.device), facts.site.rope, places), q)
 
 
 def _segments(call: Call) -> tuple[Segment, ...]:

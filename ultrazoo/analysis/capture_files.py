@@ -141,7 +141,13 @@ class Capture:
 
     @property
     def nbytes(self) -> int:
-        return sum(item.nbytes for item in self.items)
+        """Bytes of all files but the index."""
+        hosts = (self.directory / file for file in self.hosts.values())
+        return sum(item.nbytes for item in self.items) + sum(_size(file) for file in hosts)
+
+    def whole(self, item: Item) -> bool:
+        """Whether an item's file is there in full."""
+        return _size(self.directory / item.file) == item.nbytes
 
     def with_item(self, item: Item) -> Capture:
         kept = [one for one in self.items if one.file != item.file]
@@ -169,7 +175,7 @@ class Capture:
     def tensors(self, item: Item) -> dict[str, Tensor]:
         """The tensors of an item. Raises UsageError for a file that is missing, cut or of another shape."""
         path = self.directory / item.file
-        size = path.stat().st_size if path.is_file() else 0
+        size = _size(path)
         if size != item.nbytes:
             raise UsageError(
                 f"{path} {'is missing' if not size else f'has {size} bytes, the index says {item.nbytes}'}: run the capture "
@@ -225,6 +231,10 @@ class Capture:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{path} is damaged: {type(error).__name__} {error}") from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def host_key(component: str, layer: int) -> str:

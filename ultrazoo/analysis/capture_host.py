@@ -15,6 +15,7 @@ from ..spec import Site
 from .probe_host import NORMS, normed
 
 ERROR = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Most that what is computed from a capture may differ from what the host gives, RMS over RMS."""
 
 
 def projections(host: Any, x: Tensor, site: Site) -> tuple[dict[str, Tensor], dict[str, str]] | str:
@@ -36,7 +37,7 @@ def projections(host: Any, x: Tensor, site: Site) -> tuple[dict[str, Tensor], di
         module = None if which == "v" else _norm_of(host, which)
         gain, bias, eps = _parts(module)
         for kind in NORMS:
-            if _close(normed(raw, kind, gain, bias, eps, site.head_dim), wanted):
+            if close(normed(raw, kind, gain, bias, eps, site.head_dim), wanted):
                 notes[f"norm_{which}"], notes[f"eps_{which}"] = kind, repr(eps)
                 break
         else:
@@ -65,6 +66,7 @@ def _parts(module: Any) -> tuple[Tensor | None, Tensor | None, float]:
     )
 
 
-def _close(got: Tensor, wanted: Tensor) -> bool:
+def close(got: Tensor, wanted: Tensor) -> bool:
+    """Whether numbers made anew may stand for the host's own, by the type of `wanted`."""
     error = (got.float() - wanted.float()).norm() / wanted.float().norm()
     return bool(error <= ERROR.get(wanted.dtype, 2e-2))

@@ -226,15 +226,12 @@ class ReplayHost(nn.Module):
         pairs = zip(due[:3], at[:3], strict=True)
         return all(a.shape == b.shape and torch.equal(a.double(), b.double().cpu()) for a, b in pairs)
 
-    def _physical(self, at: Positions) -> Positions:
-        return at if self.places is None else Frame((1, 1, 1), coordinates=self.places).physical(at)  # type: ignore[arg-type]
-
     def _turned(self, z: Tensor, at: Positions) -> Tensor:
-        return rotary.rotate(z, self._physical(at), self._rope())
+        return turned(z, at, self._rope(), self.places)
 
     def _unturned(self, z: Tensor) -> Tensor:
         """q or k at the grid's positions as they were before their rotation."""
-        at = self._physical(grid_positions(self.site.grid, z.device))
+        at = _physical(grid_positions(self.site.grid, z.device), self.places)
         return rotary.rotate(z, at._replace(t=-at.t, h=-at.h, w=-at.w), self._rope())
 
     def _rope(self) -> Rope:
@@ -266,9 +263,11 @@ class ReplayHost(nn.Module):
 
 def turned(z: Tensor, at: Positions, rope: Rope, coordinates: Any) -> Tensor:
     """Rotate (B, N, heads, D) by what a capture says of a model: axes and base, and what index 0, 1, … are called."""
-    if coordinates is not None:
-        at = Frame((1, 1, 1), coordinates=tuple(coordinates)).physical(at)  # type: ignore[arg-type]
-    return rotary.rotate(z, at, rope)
+    return rotary.rotate(z, _physical(at, coordinates), rope)
+
+
+def _physical(at: Positions, coordinates: Any) -> Positions:
+    return at if coordinates is None else Frame((1, 1, 1), coordinates=tuple(coordinates)).physical(at)
 
 
 def normed(z: Tensor, kind: str, gain: Tensor | None, bias: Tensor | None, eps: float, head_dim: int) -> Tensor:

@@ -217,5 +217,4 @@ def _done(out: Path, asked: dict[str, Any]) -> bool:
     if not (out / INDEX).is_file():
         return False
     held = Capture.load(out)
-    whole = all((out / item.file).is_file() and (out / item.file).stat().st_size == item.nbytes for item in held.items)
-    return held.complete and dict(held.request) == asked and whole
+    return held.complete and dict(held.request) == asked and all(held.whole(item) for item in held.items)
