@@ -1,4 +1,4 @@
-"""The rotary embedding of LTX and LTX-2 over physical coordinates, and the host that turns by it.
+"""The rotary embedding of LTX and LTX-2 over physical coordinates, and hosts that turn by tables of their own.
 
 Each axis measures x in seconds or pixels, as a share of a base length; pair ``3 f + axis`` of all channels turns by
 ``(2 x - 1) * pi / 2 * theta**(f / (F - 1))``, F = C // 6. Pairs are counted over all channels before the head split, the
@@ -30,33 +30,41 @@ def physical_site(config: Config, base: float, pairing: Any) -> Site:
     return Site(dim=heads * head_dim, heads=heads, head_dim=head_dim, qk_norm=True, rope=rope)
 
 
-class PhysicalHost(ModuleHost):
-    """A host whose heads turn by different frequencies. `double`: frequencies are made in fp64, then rounded to fp32."""
+class TableHost(ModuleHost):
+    """A host that turns by a `table` of its own, whose heads may differ."""
 
-    def __init__(self, attn: nn.Module, frame: Frame, site: Site, *, double: bool = False):
-        super().__init__(attn, frame, site, across=True)
-        self.double = double
+    def table(self, at: Positions, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (n, heads or 1, D/2) of the grid at physical positions, as wide as `like` and at least fp32."""
+        raise TypeError(f"{type(self).__name__} has no table")
 
     def turned(self, z: Tensor, norm: Callable[[Tensor], Tensor] | None, at: Positions) -> Tensor:
         z = z if norm is None else norm(z)
         return self._turn(z.unflatten(-1, (-1, self.site.head_dim)), at)
 
     def rotate(self, z: Tensor, positions: Positions) -> Tensor:
-        return self._turn(z, self.frame.physical(positions))
+        return z if self.site.rope is None else self._turn(z, self.frame.physical(positions))
 
     def rotate_heads(self, z: Tensor, positions: Positions, heads: Sequence[int]) -> Tensor:
         """Rotate (B, n, len(heads), D), which are those `heads` of the model."""
-        return self._turn(z, self.frame.physical(positions), heads)
+        return z if self.site.rope is None else self._turn(z, self.frame.physical(positions), heads)
 
     def _turn(self, z: Tensor, at: Positions, heads: Sequence[int] | None = None) -> Tensor:
         cos, sin = self.table(at, z)
-        if heads is not None:
+        if heads is not None and cos.shape[1] > 1:
             cos, sin = cos[:, list(heads)], sin[:, list(heads)]
         assert self.site.rope is not None
         return turned(z, cos, sin, self.site.rope.pairing)
 
+
+class PhysicalHost(TableHost):
+    """A host whose heads turn by different frequencies. `double`: frequencies are made in fp64, then rounded to fp32."""
+
+    def __init__(self, attn: nn.Module, frame: Frame, site: Site, *, double: bool = False):
+        super().__init__(attn, frame, site, across=True)
+        self.double = double
+
     def table(self, at: Positions, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (n, heads, D/2) of the grid at physical positions, as wide as `like` and at least fp32.
+        """Cosines and sines (n, heads, D/2).
 
         The angles reach thousands of turns: they are rounded to fp32 just as the model rounds its own.
         """

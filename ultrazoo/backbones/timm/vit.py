@@ -20,15 +20,15 @@ from ...errors import UsageError
 from ...grid import Grid
 from ...spec import Rope, Segment, Site
 from ..adapter import Adapter, Config, Frame
-from ..diffusers.host import ModuleHost, Names
-from ..diffusers.physical import turned
+from ..diffusers.host import Names
+from ..diffusers.physical import TableHost
 from ..diffusers.processor import Processor, Stream
 from ..geometry import Geometry
 
 NAMES = Names("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "proj", "qkv")
 
 
-class VitHost(ModuleHost):
+class VitHost(TableHost):
     """A timm attention module as the host. `x`: the rows it was called with, which a gate looks at."""
 
     def __init__(self, attn: nn.Module, frame: Frame, site: Site, x: Tensor):
@@ -45,28 +45,14 @@ class VitHost(ModuleHost):
         parts = raw.chunk(3, dim=-1)
         return parts if which == "qkv" else parts["qkv".index(which)]
 
-    def turned(self, z: Tensor, norm: Callable[[Tensor], Tensor] | None, at: Positions) -> Tensor:
-        z = z if norm is None else norm(z)
-        return self._turn(z.unflatten(-1, (-1, self.site.head_dim)), at)
-
-    def rotate(self, z: Tensor, positions: Positions) -> Tensor:
-        return z if self.site.rope is None else self._turn(z, self.frame.physical(positions))
-
-    def rotate_heads(self, z: Tensor, positions: Positions, heads: Sequence[int]) -> Tensor:
-        """Rotate (B, n, len(heads), D), which are those `heads` of the model."""
-        return z if self.site.rope is None else self._turn(z, self.frame.physical(positions), heads)
-
-    def _turn(self, z: Tensor, at: Positions, heads: Sequence[int] | None = None) -> Tensor:
-        assert self.site.rope is not None
-        rows, columns = (one.to(z.device) for one in speeds(self.frame.own, self.site.layer))
-        if heads is not None and rows.shape[0] > 1:
-            rows, columns = rows[list(heads)], columns[list(heads)]
-        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-        down, across = (one.to(z.device, wide)[:, None, None] for one in (at.h, at.w))
+    def table(self, at: Positions, like: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        rows, columns = (one.to(like.device) for one in speeds(self.frame.own, self.site.layer))
+        down, across = (one.to(like.device, wide)[:, None, None] for one in (at.h, at.w))
         # (T, H, W, heads or 1, D/2): time has no part
         angles = (down[:, None] * rows.to(wide) + across[None] * columns.to(wide)).expand(len(at.t), -1, -1, -1, -1)
         angles = angles.flatten(0, 2)
-        return turned(z, angles.cos(), angles.sin(), self.site.rope.pairing)
+        return angles.cos(), angles.sin()
 
     def out(self, y: Tensor) -> Tensor:
         return self.out_of(y, self.x)
