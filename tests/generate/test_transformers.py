@@ -118,7 +118,7 @@ def test_forwards_of_a_step(place, monkeypatch, name):
     seen.clear()
     alone = sampled("alone", guidance=1.0)
     assert seen == [((step, 3), FORWARDS[name][0], 1) for step in range(3)]
-    assert not torch.allclose(guided, alone, atol=1e-4) or name == "Flux2Pipeline"
+    assert not torch.allclose(guided, alone, atol=1e-4)
 
 
 @pytest.mark.parametrize(
