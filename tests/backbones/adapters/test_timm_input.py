@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -46,23 +47,42 @@ def test_models_that_no_adapter_serves(make, words):
     assert "ultrazoo" not in vars(model)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "words"),
-    [
-        ({}, "the model is not named"),
-        ({"model": "deit3_small_patch16_225"}, "did you mean 'deit3_small_patch16_224'"),
-        ({"model": "hf-hub:timm/vit_tiny_patch16_224"}, "has no model"),
-        ({"model": "resnet10t"}, "no adapter serves resnet10t"),
-        ({"model": "vit_tiny_patch16_224", "config": {"pretrained": True}}, "config.pretrained.*recipe's `weights`"),
-        ({"model": "vit_tiny_patch16_224", "config": {"checkpoint_path": "x"}}, "config.checkpoint_path"),
-        ({"model": "vit_tiny_patch16_224", "config": {"no_such": 1}}, "timm cannot make.*no_such"),
-        ({"model": "vit_tiny_patch16_224", "config": "a.json"}, "expected arguments"),
-    ],
-)
+WRONG = [
+    ({"model": "deit3_small_patch16_225"}, "did you mean 'deit3_small_patch16_224'"),
+    ({"model": "hf-hub:timm/vit_tiny_patch16_224"}, "has no model"),
+    ({"model": "resnet10t"}, "no adapter serves resnet10t"),
+    ({"model": "vit_tiny_patch16_224", "config": {"pretrained": True}}, "config.pretrained.*recipe's `weights`"),
+    ({"model": "vit_tiny_patch16_224", "config": {"checkpoint_path": "x"}}, "config.checkpoint_path"),
+    ({"model": "vit_tiny_patch16_224", "config": {"no_such": 1}}, "timm cannot make.*no_such"),
+    ({"model": "vit_tiny_patch16_224", "config": "a.json"}, "expected arguments"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "words"), [({}, "the model is not named"), *WRONG])
 def test_recipes_that_name_no_model(backbone, words):
     with pytest.raises(RecipeError) as caught:
         ultrazoo.plan(recipe("full", backbone={"name": "timm", **backbone}))
     assert re.search(words, " ".join(str(caught.value).split())), str(caught.value)
+
+
+@pytest.mark.parametrize(("backbone", "words"), WRONG)
+def test_recipes_that_name_no_model_say_so_when_they_are_applied(backbone, words, monkeypatch):
+    """Nothing that a recipe may not have reaches timm, which would look on a hub or open a pickle."""
+    model = made("DeiT-3")
+    create = timm.create_model
+    names = []
+
+    @functools.wraps(create)
+    def noted(name, **more):
+        names.append((name, *more))
+        return create(name, **more)
+
+    monkeypatch.setattr(timm, "create_model", noted)
+    with pytest.raises(UsageError) as caught:
+        ultrazoo.apply(model, recipe("full", backbone={"name": "timm", **backbone}))
+    assert re.search(words, " ".join(str(caught.value).split())), str(caught.value)
+    assert not [one for one in names if ":" in one[0] or "checkpoint_path" in one]
+    assert "ultrazoo" not in vars(model)
 
 
 @pytest.mark.parametrize(

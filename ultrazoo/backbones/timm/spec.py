@@ -56,11 +56,15 @@ class TimmSpec(AdaptedSpec):
         if not name:
             raise UsageError(f"this {type(model).__name__} does not say by which name timm made it; {HINT}")
         config = written.get("config")
+        # a recipe may say anything: only what a recipe may have reaches timm
+        spec, _, problems = cls(model=str(name), config=frozen(config)).settled(lambda _, path: Path(path))
+        if spec is None:
+            raise UsageError("; ".join(str(one.under("backbone")) for one in problems))
         if config is None:
-            config = settings(model, _made(str(name), FrozenMap()))
+            config = settings(model, _made(spec.model, FrozenMap()))
             # what is left out means any size when a model is built
             config.setdefault("dynamic_img_size", bool(model.dynamic_img_size))
-        wrong = differences(model, _made(str(name), frozen(config)))
+        wrong = differences(model, _made(spec.model, frozen(config)))
         if wrong:
             raise UsageError(
                 f"this {type(model).__name__} is not what timm.create_model({str(name)!r}, **{dict(config)}) makes: {wrong[0]} and "
