@@ -236,6 +236,21 @@ def test_projections_count_towards_the_limit(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_projections_that_are_gone_are_made_again(tmp_path):
+    model = model_of()
+    given = arguments()
+    record(model, given, tmp_path / "c", times=2, inputs=True)
+    held = Capture.load(tmp_path / "c")
+    gone = held.directory / held.hosts["model-l001"]
+    whole = gone.read_bytes()
+    gone.unlink()
+    with torch.no_grad(), ultrazoo.capture(model, tmp_path / "c", inputs=True) as recorder:
+        for _ in range(2):
+            model(*given)
+    assert gone.read_bytes() == whole
+    assert recorder.written == 2
+
+
 def test_other_requests_models_and_places_are_refused(tmp_path):
     model = model_of()
 

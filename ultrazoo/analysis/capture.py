@@ -219,7 +219,8 @@ class Recorder:
 
     def _host(self, key: str, host: Any, x: Tensor, site: Site) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Projections and norms of a layer, where they are asked for and neither there nor of a kind that nobody knows."""
-        if not self.capture.inputs or key in self.capture.hosts:
+        file = self.capture.hosts.get(key)
+        if not self.capture.inputs or (file is not None and (self.capture.directory / file).is_file()):
             return {}, {}
         found = projections(host, x, site)
         return ({}, {}) if isinstance(found, str) else found

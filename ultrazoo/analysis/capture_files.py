@@ -146,8 +146,10 @@ class Capture:
         return sum(item.nbytes for item in self.items) + sum(_size(file) for file in hosts)
 
     def whole(self, item: Item) -> bool:
-        """Whether an item's file is there in full."""
-        return _size(self.directory / item.file) == item.nbytes
+        """Whether an item's file is there in full, and its layer's projections where they were kept."""
+        host = self.hosts.get(host_key(item.component, item.layer))
+        there = host is None or (self.directory / host).is_file()
+        return there and _size(self.directory / item.file) == item.nbytes
 
     def with_item(self, item: Item) -> Capture:
         kept = [one for one in self.items if one.file != item.file]
