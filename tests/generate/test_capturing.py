@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import ultrazoo
 from tests.cli.program import here
 from tests.generate.tiny_pipelines import pipeline_folder, wan
 from ultrazoo.analysis.capture_files import Capture
-from ultrazoo.errors import UltrazooError
+from ultrazoo.errors import OutputError, UltrazooError
 from ultrazoo.generate import capturing
 from ultrazoo.generate.capturing import CaptureWanted, capture_pipeline, prompts_in
 from ultrazoo.generate.families import BY_PIPELINE
@@ -119,6 +120,20 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch):
     whole = capture_pipeline(folder, wanted(tmp_path / "d"), say=quiet)
     for a, b in zip(held.items, whole.items, strict=True):
         assert torch.equal(held.tensors(a)["k"], whole.tensors(b)["k"])
+
+
+def test_a_capture_is_of_one_transformer(folder, tmp_path):
+    """Of another training of the same class and sizes, nothing is added, and what is there is not taken for it."""
+    torch.manual_seed(1)
+    wan(tmp_path / "other")
+    asked = wanted(tmp_path / "c", steps="0", layers="0")
+    capture_pipeline(folder, asked, say=quiet)
+    shutil.copytree(folder, tmp_path / "moved")
+    said: list[str] = []
+    capture_pipeline(tmp_path / "moved", asked, say=said.append)
+    assert "nothing to do" in said[-1]
+    with pytest.raises(OutputError, match="another capture: transformer was"):
+        capture_pipeline(tmp_path / "other", asked, say=quiet)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ..recipe import Plan
 from ..weights.disk import check_space, human
 from . import before
 from .families import Request
-from .pipelines import described, open_pipeline, quiet_libraries, vae_digest
+from .pipelines import described, open_pipeline, quiet_libraries, transformers_digest, vae_digest
 from .sampling import place, run
 from .wanted import Wanted
 
@@ -197,6 +197,7 @@ def _request(directory: str | Path, index: dict[str, Any], wanted: CaptureWanted
     return {
         "by": "pipeline",
         "pipeline": index["_class_name"],
+        "transformer": transformers_digest(directory),
         "vae": vae_digest(directory),
         "prompts": prompts,
         "width": wanted.width,

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
+from .. import inplace
 from ..errors import UsageError, listed, near
 from ..weights.reader import open_checkpoint
 from .families import BY_PIPELINE, Family
 
 LIBRARIES = ("diffusers", "transformers", "ltx2")
 """Where parts may come from; ``ltx2`` is diffusers' own folder of that pipeline, where its parts have no other name."""
+
+SAMPLES = 64
+SAMPLE_BYTES = 4096
 
 INDEXES = ("model_index.json", "modular_model_index.json")
 
@@ -82,9 +86,7 @@ def weight_elements(directory: str | Path, index: dict[str, Any]) -> dict[str, i
     """Numbers held by each component's checkpoint, read from the files' headers."""
     found = {}
     for name in components(index):
-        folder = Path(directory) / name
-        # a second dot is a variant (model.fp16.safetensors) beside the weights that are loaded
-        files = [file for file in sorted(folder.glob("*.safetensors")) if "." not in file.stem]
+        files = _weight_files(Path(directory) / name)
         if not files:
             continue
         total = 0
@@ -110,12 +112,39 @@ def settings_of(directory: str | Path, part: str) -> dict[str, Any]:
 
 def vae_digest(directory: str | Path) -> str:
     """What the pipeline's VAE is told by: its class and settings, without versions and paths; 64 hex digits."""
-    kept = {
-        key: value
-        for key, value in settings_of(directory, "vae").items()
-        if key not in ("_diffusers_version", "_name_or_path")
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_told_by(directory, "vae")).hexdigest()
+
+
+def transformers_digest(directory: str | Path) -> str:
+    """What the pipeline's transformers are told by, without reading gigabytes; 64 hex digits.
+
+    Their settings and, of each file of weights, its size and `SAMPLES` runs of bytes, evenly spread.
+    """
+    found = hashlib.sha256()
+    for name in inplace.COMPONENTS:
+        folder = Path(directory) / name
+        if not folder.is_dir():
+            continue
+        found.update(_told_by(directory, name))
+        for file in _weight_files(folder):
+            size = file.stat().st_size
+            found.update(f"{file.name} {size}".encode())
+            with file.open("rb") as opened:
+                for number in range(SAMPLES):
+                    opened.seek(size * number // SAMPLES)
+                    found.update(opened.read(SAMPLE_BYTES))
+    return found.hexdigest()
+
+
+def _told_by(directory: str | Path, part: str) -> bytes:
+    ignored = ("_diffusers_version", "_name_or_path")
+    kept = {key: value for key, value in settings_of(directory, part).items() if key not in ignored}
+    return json.dumps(kept, sort_keys=True).encode()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """A second dot is a variant (model.fp16.safetensors) beside the weights that are loaded."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if "." not in file.stem]
 
 
 def _numel(shape: Any) -> int:
