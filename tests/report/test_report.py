@@ -122,6 +122,14 @@ def test_the_card_has_front_matter_that_parses():
     assert "The weights are untrained" in body
 
 
+def test_the_card_of_a_model_that_was_saved_does_not_promise_its_numbers():
+    plan = fake_plan()
+    assert "makes this model again" in report.card(plan)
+    saved = report.card(plan, origin={"seed": 0, "weights": None})
+    assert "this model again" not in saved
+    assert "one of the same design, from its start" in saved
+
+
 def test_the_card_says_where_weights_came_from():
     from types import SimpleNamespace
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ..recipe import Plan
 
 _FILES = (
-    "`recipe.yaml` the resolved recipe (`ultrazoo build recipe.yaml` makes this model again), `plan.json` cost per layer "
-    "and in total, `config.json` what `from_pretrained` reads, `model.safetensors` (or shards with an index) every "
+    "`recipe.yaml` the resolved recipe (`ultrazoo build recipe.yaml` makes {again}), `plan.json` cost per layer and in total, "
+    "`config.json` what `from_pretrained` reads, `model.safetensors` (or shards with an index) every "
     "parameter"
 )
 _REPORT = ", `report.html` pictures and tables"
@@ -31,6 +31,7 @@ def card(plan: Plan, *, origin: Mapping[str, Any] | None = None, report: bool = 
     """
     resolved, totals = plan.resolved, plan.totals
     size = size_text(plan)
+    files = _FILES.format(again="this model again" if origin is None else "one of the same design, from its start")
     lines = [
         "---",
         _front(plan),
@@ -69,7 +70,7 @@ def card(plan: Plan, *, origin: Mapping[str, Any] | None = None, report: bool = 
         *_seconds(plan),
         "## Files",
         "",
-        f"{_FILES}{'' if parts == 'all' else ' of the design alone'}{_REPORT if report else ''}.",
+        f"{files}{'' if parts == 'all' else ' of the design alone'}{_REPORT if report else ''}.",
         "",
         f"Recipe hash `{plan.hash}`, seed {resolved.seed}, ultrazoo {__version__}.",
         "",
