@@ -54,7 +54,7 @@ def build(
     recipe's. On ``device="meta"`` nothing is allocated and no checkpoint is opened. ``.origin`` says where the numbers
     come from. Raises RecipeError with all problems, WeightsError when the recipe's weights do not fit.
     """
-    plan = _plan(source, overrides, dtype)
+    plan = plan_of(source, *overrides, dtype=dtype)
     where = torch.device(device) if device is not None else torch.get_default_device()
     kind = DTYPES[plan.resolved.dtype]
     model = skeleton(plan)
@@ -183,14 +183,14 @@ def from_pretrained(
             f"{place} holds the new parameters of a design alone: load the model that they were trained in, and apply "
             f"{place / 'recipe.yaml'} to it with weights.path={place}"
         )
-    plan = _plan(content["recipe"], (), None)
+    plan = plan_of(content["recipe"])
     if plan.hash != content["hash"]:
         raise WeightsError(
             f"{place}: its recipe has hash {plan.hash} here and {content['hash']} when it was saved by ultrazoo "
             f"{content['ultrazoo']}; the directory was edited, or a plugin or ultrazoo {__version__} reads it differently"
         )
     if dtype is not None:
-        plan = _plan(plan, (), dtype)
+        plan = plan_of(plan, dtype=dtype)
     config.require_files(place, content["weights"])
     model = skeleton(plan)
     where = torch.device(device) if device is not None else torch.get_default_device()
@@ -202,7 +202,9 @@ def from_pretrained(
     return model.eval()
 
 
-def _plan(source: Source, overrides: tuple[str, ...], dtype: str | torch.dtype | None) -> Plan:
+def plan_of(source: Source, *overrides: str, dtype: str | torch.dtype | None = None) -> Plan:
+    """The plan of a recipe (path, name, mapping or loaded) or of a plan, with overrides and another dtype. Raises
+    RecipeError with all problems, UsageError for a dtype that is none."""
     if dtype is not None:
         overrides = (*overrides, f"dtype={_dtype_name(dtype)}")
     if isinstance(source, recipe.Plan):

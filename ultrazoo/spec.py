@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .errors import Problem, UsageError
 from .grid import Grid
+from .ports import EXPORTS, Port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,7 +159,7 @@ class Traits:
     """What a design needs and promises. Every promise is checked by the contract suite.
 
     `exact_at_init`: a fresh block equals full attention with the host's weights. `visible`: whether `Spec.visible` is
-    exact or an upper bound. `min_grid`: the smallest (T, H, W) at which an export with dynamic sizes is valid.
+    exact or an upper bound. `export`: the targets that hold the design with open sizes. `min_grid`: the smallest (T, H, W) at which an export with dynamic sizes is valid.
     `selects`: the data decides which keys a query visits, so pairs lie between `pairs_min` and `pairs_max` and kernels may
     compute padding. `softmax`: all attention goes through the kernel door as pairs; False for linear, recurrent and
     factored designs. `fullgraph`: compiles as one graph. `frozen`: own parameters that are used and not trained, by name.
@@ -167,7 +168,7 @@ class Traits:
     start: Start
     needs: frozenset[str] = frozenset()
     exact_at_init: bool = False
-    export: tuple[str, ...] = ("pt2",)
+    export: tuple[str, ...] = EXPORTS
     visible: Literal["exact", "upper bound"] = "exact"
     extra: bool = True
     key_valid: bool = True
@@ -377,6 +378,10 @@ class BackboneSpec(Spec):
     def sites(self, grid: Grid) -> tuple[Site, ...]:
         """One site per layer, in execution order."""
         raise TypeError(f"{type(self).__name__} has no sites")
+
+    def ports(self, image: bool) -> tuple[Port, ...]:
+        """The inputs of a forward in their order, for images or for videos; none where the model is another library's."""
+        return ()
 
     def cost(self, grid: Grid) -> BackboneCost:
         raise TypeError(f"{type(self).__name__} does not say what it costs")

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "ultrazoo"
 ORDER = (
     "errors",
     "grid",
+    "ports",
     "spec",
     "builtin",
     "tuned",
@@ -34,6 +35,7 @@ ORDER = (
     "inplace",
     "analysis",
     "report",
+    "export",
     "generate",
     "evaluate",
     "testing",

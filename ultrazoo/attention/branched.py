@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import Problem
 from ..grid import AXES, Grid
+from ..ports import EXPORTS
 from ..spec import AttentionSpec, BranchCost, Cost, Options, Rope, Site, Start, Traits, option
 from .branch import Branch, Shared
 from .contract import Attention, Call, Host, refuse_segments
@@ -242,7 +243,7 @@ class BranchedSpec(AttentionSpec):
             start=start,
             needs=frozenset(needs),
             exact_at_init=exact,
-            export=() if notes else ("pt2",),
+            export=() if notes else EXPORTS,
             key_valid=not resizes,
             min_grid=(smallest[0], smallest[1], smallest[2]),
             notes=notes,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..kernels import exporting_to
 from ..ops.graphs import followed
 from ..spec import AttentionSpec, Segment, Site, Traits
 from .checks import check_call, check_extra, check_inputs, check_wanted
@@ -182,7 +183,8 @@ def export_form(model: nn.Module, target: str) -> Iterator[nn.Module]:
     try:
         for block in blocks:
             block.form = target
-        yield model
+        with exporting_to(target):
+            yield model
     finally:
         for block, form in zip(blocks, before, strict=True):
             block.form = form

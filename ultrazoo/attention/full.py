@@ -14,6 +14,7 @@ from ..grid import Grid
 from ..ops.blocks import Blocks
 from ..ops.partition import AxisRule
 from ..ops.runs import whole
+from ..ports import EXPORTS
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Site, Start, Traits, option
 from .contract import Attention, Call, Host, grid_positions, refuse_segments
 from .grouped import attend_cuts, attend_extra, attend_rules
@@ -46,7 +47,7 @@ class FullSpec(AttentionSpec):
 
     def traits(self) -> Traits:
         return Traits(
-            start=Start("exact", "the host's own attention"), exact_at_init=True, export=("pt2",), min_grid=(1, 1, 1)
+            start=Start("exact", "the host's own attention"), exact_at_init=True, export=EXPORTS, min_grid=(1, 1, 1)
         )
 
     @classmethod

@@ -32,6 +32,7 @@ from ..errors import Problem
 from ..grid import Grid
 from ..kernels import attend
 from ..ops.precision import wide_dtype
+from ..ports import EXPORTS
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
 from .contract import Attention, Call, Extra, Host, grid_positions, refuse_segments
 from .full import kernel_problems
@@ -125,7 +126,7 @@ class MonarchSpec(AttentionSpec):
             notes += "; sub-tiling wants sizes that are plain ints"
         return Traits(
             start=Start("needs tuning", "MonarchRT, arXiv 2602.12271: 600 iterations of Self-Forcing; runs without"),
-            export=() if self.tiled else ("pt2",),
+            export=() if self.tiled else EXPORTS,
             softmax=False,
             notes=notes,
         )

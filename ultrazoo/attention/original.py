@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..grid import Grid
+from ..ports import EXPORTS
 from ..spec import AttentionSpec, Cost, Rope, Site, Start, Traits
 from .full import FullAttention, dense_cost
 
@@ -37,7 +38,7 @@ class OriginalSpec(AttentionSpec):
 
     def traits(self) -> Traits:
         return Traits(
-            start=Start("exact", "nothing is changed"), exact_at_init=True, export=("pt2",), min_grid=(1, 1, 1)
+            start=Start("exact", "nothing is changed"), exact_at_init=True, export=EXPORTS, min_grid=(1, 1, 1)
         )
 
     @classmethod

@@ -21,6 +21,7 @@ from ..errors import Problem, SiteError, UsageError
 from ..grid import Grid
 from ..ops.embed import sinusoid
 from ..ops.init import Constant, Normal, Xavier, marked
+from ..ports import Port
 from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Companion, Options, Site, Video, option
 from .contract import Backbone, Steps
 from .ffn import FFN, FfnSpec, MlpSpec, feed_forward
@@ -101,6 +102,14 @@ class DitSpec(BackboneSpec):
             dim=self.dim, heads=self.heads, head_dim=self.dim // self.heads, layers=self.layers, grid=grid, rope=None
         )
         return tuple(site.at(layer=layer) for layer in range(self.layers))
+
+    def ports(self, image: bool) -> tuple[Port, ...]:
+        frames: tuple[tuple[str, int], ...] = () if image else (("t", 1),)
+        return (
+            Port("latents", (("b", 1), self.latent.channels, *frames, ("h", self.patch), ("w", self.patch))),
+            Port("timestep", (("b", 1),), "timestep"),
+            Port("labels", (("b", 1),), "label", below=self.classes + 1),
+        )
 
     def cost(self, grid: Grid) -> BackboneCost:
         """FLOPs, parameters and elements of `Dit.forward`, batch 1, one timestep per sample.

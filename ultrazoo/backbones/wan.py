@@ -22,6 +22,7 @@ from ..grid import Grid
 from ..kernels import attend
 from ..ops.embed import sinusoid
 from ..ops.init import Constant, Normal, Value, Xavier
+from ..ports import Port
 from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Companion, Rope, Site, Video, option
 from .contract import Steps
 from .facade import Config, PipelineBackbone, Sample, refuse_attention_kwargs
@@ -122,6 +123,14 @@ class WanSpec(BackboneSpec):
             rope=rope,
         )
         return tuple(site.at(layer=layer) for layer in range(self.layers))
+
+    def ports(self, image: bool) -> tuple[Port, ...]:
+        t, h, w = self.patch
+        return (
+            Port("latents", (("b", 1), self.channels, ("t", t), ("h", h), ("w", w))),
+            Port("timestep", (("b", 1),), "timestep"),
+            Port("text", (("b", 1), ("text", 1), self.text_dim)),
+        )
 
     def cost(self, grid: Grid) -> BackboneCost:
         """FLOPs, parameters and elements of `Wan.forward`, batch 1, one timestep per sample.

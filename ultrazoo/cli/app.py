@@ -86,6 +86,7 @@ def program(settings: Settings) -> Any:
         describing,
         environment,
         evaluating,
+        exporting,
         generating,
         listing,
         newplugin,
@@ -108,6 +109,7 @@ def program(settings: Settings) -> Any:
         probing,
         generating,
         evaluating,
+        exporting,
         newplugin,
         environment,
     ):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .door import Inputs, KernelRow, Run, attend, record, table, watched
+from .door import Inputs, KernelRow, Run, attend, exporting_to, record, table, watched
 
-__all__ = ["Inputs", "KernelRow", "Run", "attend", "record", "table", "watched"]
+__all__ = ["Inputs", "KernelRow", "Run", "attend", "exporting_to", "record", "table", "watched"]

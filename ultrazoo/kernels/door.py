@@ -215,6 +215,24 @@ class Run:
     blocks: bool = False
 
 
+_TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("ultrazoo_kernel_target", default="")
+
+
+@contextlib.contextmanager
+def exporting_to(target: str) -> Iterator[None]:
+    """Inside the ``with`` block, graphs are made for this export target: what it cannot hold is written otherwise."""
+    token = _TARGET.set(target)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def target() -> str:
+    """The export target that a graph is being made for; empty when none is."""
+    return _TARGET.get()
+
+
 Watch = Callable[[str, Inputs], None]
 """Called with the kernel's name and the inputs of a call, before the kernel runs."""
 

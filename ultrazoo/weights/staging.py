@@ -23,6 +23,9 @@ from .disk import disk_errors
 MARK = "ultrazoo"
 """Key of config.json by which a directory is known as one of ours."""
 
+EXPORTED = "export.json"
+"""The file by which a directory is known to hold an exported model."""
+
 CONVERTED = "_ultrazoo"
 """The same for directories in the layout of another program, which ignores keys with an underscore."""
 
@@ -106,7 +109,8 @@ def refuse_existing(target: Path, force: bool) -> None:
         raise OutputError(f"{target} exists and is not a directory; choose another place with -o")
     if not force:
         raise OutputError(f"{target} exists; use --force to replace it, or choose another place with -o")
-    if not (is_ours(target) or _has(target, CONVERTED)) and any(target.iterdir()):
+    known = is_ours(target) or _has(target, CONVERTED) or _has(target, MARK, EXPORTED)
+    if not known and any(target.iterdir()):
         raise OutputError(
             f"{target} was not written by ultrazoo: --force does not replace it; remove it yourself first"
         )
@@ -117,9 +121,9 @@ def is_ours(directory: Path) -> bool:
     return _has(directory, MARK)
 
 
-def _has(directory: Path, key: str) -> bool:
+def _has(directory: Path, key: str, name: str = "config.json") -> bool:
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((directory / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and key in config

@@ -1,0 +1,53 @@
+"""``python -m ultrazoo.export.fresh FILE FOLDER``: load an exported file where nothing of its making is left, run it on the
+kept inputs, print error ratios and facts as one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .proof import cases_in, ratio, stand_ins
+from .targets import target
+
+
+def prove(file: Path, folder: Path) -> dict[str, Any]:
+    """Error ratios of `file` at the cases kept in `folder`, seconds per forward, and what the runtime says of itself."""
+    import torch
+
+    facts = record.read(folder)
+    start = time.perf_counter()
+    loaded = target(facts["target"]).Loaded(file)
+    zeros = facts["proof"]["stand_ins"]
+    if zeros:
+        loaded.replace(stand_ins(zeros, getattr(torch, facts["dtype"])))
+    ratios, seconds = [], []
+    names = [port["name"] for port in facts["inputs"]]
+    for inputs, due in cases_in(folder):
+        before = time.perf_counter()
+        got = loaded.run({name: inputs[name] for name in names})
+        seconds.append(round(time.perf_counter() - before, 4))
+        ratios.append(ratio(got.cpu(), due))
+    return {
+        "ratios": ratios,
+        "seconds": seconds,
+        "load_s": round(time.perf_counter() - start - sum(seconds), 2),
+        "facts": loaded.facts(),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        found = prove(Path(arguments[0]), Path(arguments[1]))
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        found = {"error": f"{type(error).__name__}: {lines[0]}"}
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

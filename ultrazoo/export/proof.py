@@ -1,0 +1,137 @@
+"""The proof of an exported file: what it gives in a fresh process, beside what the model gave, at sizes that it was not
+traced at.
+
+Inputs and the model's answers lie in ``proof.safetensors`` beside the file, so that the proof can be repeated on the
+machine that the file is for, without the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import UltrazooError, UsageError
+from ..ops.seeds import generator_for
+from ..ports import Port
+from .sizes import Sizes, inputs_at
+
+FILE = "proof.safetensors"
+OUTPUT = "output"
+ALLOWED = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "float64": 1e-10}
+"""Error ratios (RMS of the difference over RMS of the model's answer) that a file may have, by dtype."""
+
+
+def ratio(got: Tensor, due: Tensor) -> float:
+    """RMS of the difference over RMS of what is due; infinite for another shape or values that are not finite."""
+    if got.shape != due.shape:
+        return float("inf")
+    got, due = got.double(), due.double()
+    found = float((got - due).square().mean().sqrt() / due.square().mean().sqrt())
+    return found if found == found else float("inf")
+
+
+def stand_ins(zeros: Mapping[str, Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Values for weights that are all zero, by name: from the name alone.
+
+    A fresh diffusion transformer answers zero whatever comes in, so that nothing could be told from its answer.
+    """
+    found = {}
+    for name, shape in zeros.items():
+        found[name] = (torch.randn(tuple(shape), generator=generator_for(0, f"proof.{name}")) * 0.05).to(dtype)
+    return found
+
+
+def zeros_of(model: nn.Module) -> dict[str, list[int]]:
+    """Names and shapes of the parameters whose every value is zero."""
+    return {
+        name: list(one.shape) for name, one in model.named_parameters() if one.numel() and not bool(one.detach().any())
+    }
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in the place of some parameters, for the length of the block."""
+    own = dict(model.named_parameters())
+    kept = {name: own[name].detach().clone() for name in values}
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                own[name].copy_(value)
+
+
+def prepare(
+    model: nn.Module, ports: Sequence[Port], cases: Sequence[Sizes], dtype: torch.dtype, folder: Path
+) -> dict[str, list[int]]:
+    """Run the model at every size and keep inputs and answers in `folder`; returns the weights that had stand-ins."""
+    zeros = zeros_of(model)
+    kept: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    with replaced(model, stand_ins(zeros, dtype)), torch.no_grad():
+        for index, sizes in enumerate(cases):
+            inputs = inputs_at(ports, sizes, dtype, seed=index)
+            found = model(*(inputs[port.name].to(device) for port in ports)).cpu()
+            if not bool(found.any()) or not bool(found.isfinite().all()):
+                what = "zero" if bool(found.isfinite().all()) else "not finite"
+                raise UltrazooError(f"the model's answer at {shown(sizes)} is {what}: nothing can be proved with it")
+            kept.update({f"{index}.{name}": value for name, value in inputs.items()})
+            kept[f"{index}.{OUTPUT}"] = found.contiguous()
+    save_file(kept, folder / FILE)
+    return zeros
+
+
+def run_fresh(file: Path, folder: Path) -> dict[str, Any]:
+    """Prove `file` against ``proof.safetensors`` of `folder` in a process of its own: the error ratio of every case and
+    the facts of the runtime. Raises UltrazooError when the runtime cannot load or run the file."""
+    command = [sys.executable, "-m", "ultrazoo.export.fresh", str(file), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        end = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise UltrazooError(
+            f"{file.name} did not run in a fresh process ({end}): {said[-1] if said else 'it said nothing'}"
+        ) from None
+    if "error" in found:
+        raise UltrazooError(f"{file.name} does not run: {found['error']}")
+    return found  # type: ignore[no-any-return]
+
+
+def cases_in(folder: Path) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Inputs and the model's answer of every case in a folder. Raises UsageError where there are none."""
+    path = folder / FILE
+    try:
+        content = load_file(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder} holds no {FILE}: this model was exported without a proof; export it again"
+        ) from None
+    except Exception as error:
+        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    count = 1 + max(int(name.partition(".")[0]) for name in content)
+    found = []
+    for index in range(count):
+        one = {name.partition(".")[2]: v for name, v in content.items() if name.startswith(f"{index}.")}
+        found.append((one, one.pop(OUTPUT)))
+    return found
+
+
+def shown(sizes: Sizes) -> str:
+    """Sizes for people: ``b 2, grid 3x9x10, text 7``."""
+    grid = "x".join(str(sizes[axis]) for axis in ("t", "h", "w") if axis in sizes)
+    parts = [f"batch {sizes['b']}", f"grid {grid}"] + ([f"text {sizes['text']}"] if "text" in sizes else [])
+    return ", ".join(parts)

@@ -1,0 +1,241 @@
+"""One export: everything that can be refused is refused before work starts, then trace, write, prove, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import assemble
+from ..errors import CheckFailed, UltrazooError, UsageError
+from ..ports import Port
+from ..recipe import Plan
+from ..weights.disk import disk_errors, write_bytes
+from ..weights.staging import staged
+from . import proof, record
+from .before import Wanted, checked, made, opened, require_sizes
+from .interior import interior
+from .phases import keep_phase
+from .program import program_of
+from .sizes import AXES, Axis, proof_sizes
+from .targets import Job, target, target_of
+
+Say = Callable[[str], None]
+UNVERIFIED = ".unverified"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: the file in its directory, and the content of its export.json."""
+
+    file: Path
+    content: Mapping[str, Any]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Error ratio of every case that was proved, in the order of the cases."""
+        return [case["ratio"] for case in self.content["proof"]["cases"] if "ratio" in case]
+
+
+def export(
+    source: Any,
+    to: str,
+    out: str | os.PathLike[str],
+    *overrides: str,
+    dtype: str | None = None,
+    dynamic: Collection[str] | None = None,
+    opset: int | None = None,
+    phase: str | None = None,
+    verify: bool = True,
+    force: bool = False,
+    device: str | None = None,
+    say: Say | None = None,
+) -> Exported:
+    """Export a model into the directory `out`, and prove the file equal to it.
+
+    `source` is a recipe, the directory of a built model, or such a model. `to` is ``torchscript``, ``onnx``, ``pt2`` or
+    ``aoti``. `dynamic` names the axes that stay open, of b, t, h, w, text: all where None, none where empty; an axis that is
+    not open has the recipe's size. `phase` is one of a step schedule's. Without `verify` nothing is proved. Raises UsageError
+    for what cannot be exported, OutputError for a place that cannot be written, CheckFailed when the proof does not hold: the
+    file is kept then, its name ending in ``.unverified``.
+    """
+    wanted = Wanted(to, Path(out), dynamic, opset, phase, verify, force)
+    tell: Say = say or (lambda _: None)
+    target(to)
+    model, plan = opened(source, overrides, dtype)
+    ports, bounds, steps = checked(plan, wanted)
+    if model is None:
+        tell(f"making {plan.name} ({plan.totals.parameters:,} parameters, {plan.resolved.dtype})")
+        model = made(source, plan, device)
+    model = model.eval()
+    if steps is not None:
+        keep_phase(model, steps)
+    require_sizes(model, bounds, plan)
+    return _write(model, plan, wanted, ports, bounds, steps, tell)
+
+
+def verify(path: str | os.PathLike[str], say: Say | None = None) -> Exported:
+    """Repeat the proof of an exported file: its directory, or the file in it.
+
+    Raises UsageError for a file that is damaged or has no proof, CheckFailed when the proof does not hold.
+    """
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    if not place.exists():
+        raise UsageError(f"{place}: no such file")
+    if not place.is_dir():
+        target_of(place)
+    content = record.read(folder)
+    module = target(content["target"])
+    if why := module.absent():
+        raise UsageError(why)
+    record.require_whole(folder, content)
+    file = folder / content["file"]
+    if not file.exists():
+        file = folder / (content["file"] + UNVERIFIED)
+    done = _proved(file, folder, content, say or (lambda _: None))
+    if not done["proof"]["holds"]:
+        raise CheckFailed(_failure(file, done))
+    return Exported(file, done)
+
+
+def _write(
+    model: nn.Module,
+    plan: Plan,
+    wanted: Wanted,
+    ports: tuple[Port, ...],
+    bounds: Mapping[str, Axis],
+    steps: tuple[int, int] | None,
+    say: Say,
+) -> Exported:
+    cases = proof_sizes(bounds)
+    dtype = assemble.DTYPES[plan.resolved.dtype]
+    spent: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        spent[name], clock = round(now - clock, 2), now
+
+    content: dict[str, Any] = {
+        "target": wanted.to,
+        "name": plan.name,
+        "hash": plan.hash,
+        "dtype": plan.resolved.dtype,
+        "kind": "image" if plan.grid.t == 1 else "video",
+        "phase": None if steps is None else list(steps),
+        "inputs": record.ports_data(ports),
+        "output": "of the shape of latents" if ports[0].name == "latents" else "",
+        "bounds": {axis: one.data() for axis, one in bounds.items()},
+        "form": "index arrays, sizes open" if any(one.open for one in bounds.values()) else "index arrays, sizes fixed",
+        "traced_at": cases[0],
+        "torch": torch.__version__,
+        "recipe": plan.resolved.data(),
+    }
+    if wanted.to == "onnx":
+        content["opset"] = wanted.opset or target("onnx").OPSET
+    job = Job(model, ports, bounds, cases[0], dtype, _embedded(content), wanted.opset)
+    with staged(wanted.out, force=wanted.force) as folder, disk_errors(wanted.out):
+        if wanted.to != "torchscript":
+            say(f"tracing at {proof.shown(cases[0])}")
+            job.program = program_of(model, wanted.to, ports, bounds, cases[0], dtype)
+            lap("trace_s")
+            whole = _recipe_sizes(plan, bounds)
+            content["interior"] = {"at": whole, **interior(job.program, ports, bounds, whole).data()}
+            lap("look_s")
+        say(f"writing {wanted.to}")
+        file = _translated(job, wanted.to, folder)
+        lap("write_s")
+        content |= {"file": file.name, "files": {}, "spent": spent}
+        if wanted.verify:
+            say(f"running the model at {len(cases)} sizes")
+            zeros = proof.prepare(model, ports, cases, dtype, folder)
+            content["proof"] = {
+                "allowed": proof.ALLOWED[plan.resolved.dtype],
+                "stand_ins": zeros,
+                "cases": [{"sizes": one} for one in cases],
+            }
+            lap("eager_s")
+            # the fresh process reads what it is to prove
+            write_bytes(folder / record.FILE, record.text(content))
+            content = _proved(file, folder, content, say)
+            (folder / record.FILE).unlink()
+            lap("proof_s")
+        else:
+            content["proof"] = {"holds": None, "cases": []}
+        for one in sorted(folder.iterdir()):
+            content["files"][one.name] = {"bytes": one.stat().st_size, "sha256": record.digest(one)}
+        if content["proof"]["holds"] is False:
+            file.rename(folder / (file.name + UNVERIFIED))
+        write_bytes(folder / record.FILE, record.text(content))
+    target_file = wanted.out / content["file"]
+    if content["proof"]["holds"] is False:
+        target_file = wanted.out / (content["file"] + UNVERIFIED)
+        raise CheckFailed(_failure(target_file, content))
+    return Exported(target_file, content)
+
+
+def _translated(job: Job, to: str, folder: Path) -> Path:
+    """The target's file. An exporter's failure is told in one sentence; what it says at length is its cause."""
+    try:
+        return target(to).write(job, folder)  # type: ignore[no-any-return]
+    except (UltrazooError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UltrazooError(
+            f"{to} could not be written: {type(error).__name__}: {lines[0] if lines else ''}; --debug shows where"
+        ) from error
+
+
+def _proved(file: Path, folder: Path, content: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """The same content with the proof's outcome."""
+    if content["proof"].get("holds") is None and not content["proof"].get("cases"):
+        raise UsageError(f"{folder} was exported with --no-verify: there is nothing to compare with; export it again")
+    say(f"proving {file.name} in a fresh process")
+    allowed = content["proof"]["allowed"]
+    try:
+        found = proof.run_fresh(file, folder)
+    except UltrazooError as error:
+        return {**content, "proof": {**content["proof"], "holds": False, "why": str(error)}}
+    cases = []
+    for case, ratio, seconds in zip(content["proof"]["cases"], found["ratios"], found["seconds"], strict=True):
+        cases.append({**case, "ratio": min(ratio, 1e308), "seconds": seconds})
+        say(f"  {proof.shown(case['sizes'])}: error ratio {ratio:.2e} (allowed {allowed:g})")
+    holds = all(case["ratio"] <= allowed for case in cases)
+    outcome = {**content["proof"], "holds": holds, "cases": cases, "runtime": found["facts"], "load_s": found["load_s"]}
+    return {**content, "proof": outcome}
+
+
+def _failure(file: Path, content: Mapping[str, Any]) -> str:
+    found = content["proof"]
+    if "why" in found and not found.get("runtime"):
+        return f"{file} is not proved: {found['why']}"
+    worst = max(found["cases"], key=lambda case: case["ratio"])
+    return (
+        f"{file} is not the model: at {proof.shown(worst['sizes'])} the error ratio is {worst['ratio']:.2e}, allowed is "
+        f"{found['allowed']:g}"
+    )
+
+
+def _embedded(content: Mapping[str, Any]) -> dict[str, str]:
+    """What stands inside the file, for whoever finds it alone."""
+    from .. import __version__
+
+    strides = content["recipe"].get("backbone", {})
+    kept = {key: content[key] for key in ("name", "hash", "dtype", "kind", "phase", "inputs", "bounds")}
+    return {"ultrazoo": json.dumps({"version": __version__, **kept, "backbone": strides})}
+
+
+def _recipe_sizes(plan: Plan, bounds: Mapping[str, Axis]) -> dict[str, int]:
+    """The recipe's own size, where the bounds allow it: batch 1, its grid, its text."""
+    own = dict(zip(AXES, (1, *plan.grid, getattr(plan.resolved.backbone, "text_tokens", 1)), strict=True))
+    return {axis: min(max(own[axis], one.low), one.high) for axis, one in bounds.items()}

@@ -1,0 +1,84 @@
+"""AOTInductor: a package compiled for this machine's device, loaded from C++ or Python."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .targets import STEM, Job
+
+SUFFIX = ".aoti.pt2"
+SUMMARY = "compiled for this machine's device by AOTInductor: the fastest, and valid on this kind of device alone"
+
+SETTINGS = {
+    # index arithmetic that is folded into the places that read by it ends in an assertion of sympy's (torch 2.15), and
+    # would be done again for every element
+    "constant_and_index_propagation": False,
+}
+
+
+def absent() -> str:
+    """Why this target cannot be written here; empty when it can."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"AOTInductor needs a C++ compiler and {compiler!r} is not on PATH; install g++ or set CXX"
+    return ""
+
+
+def write(job: Job, folder: Path) -> Path:
+    path = folder / f"{STEM}{SUFFIX}"
+    # the compiler's cache holds a copy of the weights; it goes with the run
+    with tempfile.TemporaryDirectory(prefix=".aoti-", dir=folder) as cache:
+        before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        try:
+            torch._inductor.aoti_compile_and_package(
+                job.program,
+                package_path=str(path),
+                inductor_configs={**SETTINGS, "aot_inductor.metadata": dict(job.metadata)},
+            )
+        finally:
+            if before is None:
+                del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            else:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+    return path
+
+
+class Loaded:
+    """A compiled package."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.module = torch._inductor.aoti_load_package(str(path))
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return self.module(*inputs.values())  # type: ignore[no-any-return]
+
+    def replace(self, values: Mapping[str, Tensor]) -> None:
+        self.module.load_constants(dict(values), check_full_update=False)
+
+    def facts(self) -> dict[str, Any]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return {"runtime": "AOTInductor", "torch": torch.__version__, "device": device, "kernels": _kernels(self.path)}
+
+
+def _kernels(path: Path) -> list[str]:
+    """The attention operators that the compiled code calls, by the names of torch's C interface."""
+    found: set[str] = set()
+    with zipfile.ZipFile(path) as package:
+        for name in package.namelist():
+            if name.endswith((".so", ".cpp")):
+                content = package.read(name)
+                found |= {one.decode() for one in re.findall(rb"aoti_torch_(?:cpu|cuda)__(\w*attention\w*)", content)}
+    return sorted(found)

@@ -1,0 +1,48 @@
+"""``.pt2``: torch's exported program, saved and loaded by torch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels_seen import Watching
+from .targets import STEM, Job
+
+SUFFIX = ".exported.pt2"
+SUMMARY = "torch's exported program: opens in Python with torch alone, can be compiled or edited further"
+
+
+def absent() -> str:
+    """Why this target cannot be written here; empty when it can."""
+    return ""
+
+
+def write(job: Job, folder: Path) -> Path:
+    path = folder / f"{STEM}{SUFFIX}"
+    torch.export.save(job.program, path, extra_files=dict(job.metadata))
+    return path
+
+
+class Loaded:
+    """An exported program, run by torch's interpreter."""
+
+    def __init__(self, path: Path):
+        self.module = torch.export.load(path).module()
+        self.seen: list[str] = []
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad(), Watching(self.seen):
+            return self.module(*inputs.values())  # type: ignore[no-any-return]
+
+    def replace(self, values: Mapping[str, Tensor]) -> None:
+        own = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+
+    def facts(self) -> dict[str, Any]:
+        return {"runtime": "torch.export", "torch": torch.__version__, "kernels": sorted(set(self.seen))}

@@ -1,0 +1,60 @@
+"""TorchScript by tracing. A legacy target: torch has deprecated it, C++ programs with libtorch still load it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.contract import export_form
+from .kernels_seen import Watching
+from .sizes import inputs_at
+from .targets import STEM, Job
+
+SUFFIX = ".torchscript.pt"
+SUMMARY = "a traced script for libtorch; deprecated by torch since 2.11, prefer pt2 or aoti"
+
+
+def absent() -> str:
+    """Why this target cannot be written here; empty when it can."""
+    return ""
+
+
+def write(job: Job, folder: Path) -> Path:
+    device = next(job.model.parameters()).device
+    inputs = inputs_at(job.ports, job.traced_at, job.dtype)
+    placed = tuple(inputs[port.name].to(device) for port in job.ports)
+    with warnings.catch_warnings(), torch.no_grad(), export_form(job.model, "torchscript"):
+        # every branch that the tracer warns of was taken by facts of the model, not of its inputs; the proof tells
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(job.model, placed, check_trace=False)
+        path = folder / f"{STEM}{SUFFIX}"
+        torch.jit.save(traced, str(path), _extra_files=dict(job.metadata))
+    return path
+
+
+class Loaded:
+    """A script, run by torch's interpreter of scripts."""
+
+    def __init__(self, path: Path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.module = torch.jit.load(str(path))
+        self.seen: list[str] = []
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad(), Watching(self.seen):
+            return self.module(*inputs.values())  # type: ignore[no-any-return]
+
+    def replace(self, values: Mapping[str, Tensor]) -> None:
+        own = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+
+    def facts(self) -> dict[str, Any]:
+        return {"runtime": "torch.jit", "torch": torch.__version__, "kernels": sorted(set(self.seen))}
