@@ -18,17 +18,18 @@ from ..errors import CheckFailed, UltrazooError, UsageError
 from ..ports import Port
 from ..recipe import Plan
 from ..weights.disk import disk_errors, write_bytes
-from ..weights.staging import staged
+from ..weights.staging import staged, staged_file
 from . import proof, record
 from .before import Wanted, checked, made, opened, require_sizes
 from .interior import interior
+from .origin import weights_of
 from .phases import keep_phase
 from .program import program_of
+from .record import UNVERIFIED
 from .sizes import AXES, Axis, proof_sizes
-from .targets import Job, target, target_of
+from .targets import Job, target
 
 Say = Callable[[str], None]
-UNVERIFIED = ".unverified"
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,21 @@ def export(
         tell(f"making {plan.name} ({plan.totals.parameters:,} parameters, {plan.resolved.dtype})")
         model = made(source, plan, device)
     model = model.eval()
+    # of the whole model: the phases of one schedule say the same of themselves
+    weights = weights_of(model)
     if steps is not None:
         keep_phase(model, steps)
     require_sizes(model, bounds, plan)
-    return _write(model, plan, wanted, ports, bounds, steps, tell)
+    return _write(model, plan, wanted, ports, bounds, steps, weights, tell)
 
 
 def verify(path: str | os.PathLike[str], say: Say | None = None) -> Exported:
     """Repeat the proof of an exported file: its directory, or the file in it.
 
-    Raises UsageError for a file that is damaged or has no proof, CheckFailed when the proof does not hold.
+    A file that was not proved before is so from now on, and loses ``.unverified``. Raises UsageError for a file that is
+    damaged or has no proof, CheckFailed when the proof does not hold.
     """
-    place = Path(path)
-    folder = place if place.is_dir() else place.parent
-    if not place.exists():
-        raise UsageError(f"{place}: no such file")
-    if not place.is_dir():
-        target_of(place)
-    content = record.read(folder)
+    folder, content = record.opened(path)
     module = target(content["target"])
     if why := module.absent():
         raise UsageError(why)
@@ -103,6 +101,12 @@ def verify(path: str | os.PathLike[str], say: Say | None = None) -> Exported:
     done = _proved(file, folder, content, say or (lambda _: None))
     if not done["proof"]["holds"]:
         raise CheckFailed(_failure(file, done))
+    if not content["proof"]["holds"]:
+        done["proof"].pop("why", None)
+        with disk_errors(folder):
+            file = file.rename(folder / content["file"])
+        with staged_file(folder / record.FILE, force=True) as new:
+            write_bytes(new, record.text(done))
     return Exported(file, done)
 
 
@@ -113,6 +117,7 @@ def _write(
     ports: tuple[Port, ...],
     bounds: Mapping[str, Axis],
     steps: tuple[int, int] | None,
+    weights: Mapping[str, Any],
     say: Say,
 ) -> Exported:
     cases = proof_sizes(bounds)
@@ -138,6 +143,10 @@ def _write(
         "form": "index arrays, sizes open" if any(one.open for one in bounds.values()) else "index arrays, sizes fixed",
         "traced_at": cases[0],
         "torch": torch.__version__,
+        # onnxruntime runs a file on the CPU wherever it was traced
+        "device": "cpu" if wanted.to == "onnx" else str(next(model.parameters()).device),
+        "weights": weights,
+        "plugins": [dict(row) for row in plan.resolved.plugins],
         "recipe": plan.resolved.data(),
     }
     if wanted.to == "onnx":
