@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ultrazoo.ops.graphs import constant_in_graphs, outside_graphs
+from ultrazoo.ops.graphs import constant_in_graphs, longer, outside_graphs
 
 
 class Twice(nn.Module):
@@ -64,3 +64,13 @@ def test_no_attention_imports_the_compiler() -> None:
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_longer_of_two_sizes_is_followed_by_a_tracer():
+    def doubled(x: Tensor) -> Tensor:
+        return x.new_zeros(1) + longer(x.shape[0] * 2, x.shape[1])
+
+    traced = torch.jit.trace(doubled, (torch.zeros(2, 3),))
+    for shape in ((2, 3), (5, 4), (1, 7)):
+        assert traced(torch.zeros(shape)).item() == max(2 * shape[0], shape[1])
+    assert longer(3, 4) == 4

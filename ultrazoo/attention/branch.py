@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..grid import Grid
 from ..ops import partition, pool
+from ..ops.graphs import longer
 from ..ops.partition import AxisRule, Rectangle, axis_index
 from ..ops.runs import AxisCut
 from ..spec import Site
@@ -220,7 +221,7 @@ class Branch(nn.Module):
             if coords.origin == "window":
                 assert place is not None
                 q, k = place.q_cuts[axis].reach, place.k_cuts[axis].reach
-            out.append(torch.sym_max(q * q_cell[axis], k * cell[axis]))
+            out.append(longer(q * q_cell[axis], k * cell[axis]))
         return (out[0], out[1], out[2])
 
     def _positions(

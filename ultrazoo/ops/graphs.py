@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -19,6 +19,13 @@ R = TypeVar("R")
 def followed() -> bool:
     """Does a compiler, an exporter or a tracer follow this code? Then sizes may be symbolic."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def longer(one: Any, other: Any) -> Any:
+    """The larger of two sizes: numbers, symbols where an exporter follows, tensors of one number where a tracer does."""
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return torch.maximum(*(size if isinstance(size, torch.Tensor) else torch.tensor(size) for size in (one, other)))
+    return torch.sym_max(one, other)
 
 
 def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:

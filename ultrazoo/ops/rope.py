@@ -36,8 +36,10 @@ class AxisPositions(Protocol):
     def extent(self) -> Sequence[int] | None: ...
 
 
-def stretch(length: int, trained: int, device: torch.device) -> Tensor:
-    """How many times longer than trained an axis is, at least 1: fp64 scalar. `length` may be symbolic."""
+def stretch(length: int | Tensor, trained: int, device: torch.device) -> Tensor:
+    """How many times longer than trained an axis is, at least 1: fp64 scalar. `length` may be symbolic, or a tensor."""
+    if isinstance(length, Tensor):
+        return (length.to(device, torch.float64) / trained).clamp(min=1.0)
     return (torch.scalar_tensor(length, dtype=torch.float64, device=device) / trained).clamp(min=1.0)
 
 
