@@ -1,5 +1,5 @@
 """``python -m ultrazoo.export.fresh FILE FOLDER``: load an exported file where nothing of its making is left, run it on the
-kept inputs, print error ratios and facts as one line of JSON."""
+kept inputs, print error ratios and facts as one line of JSON; one file, or one after the other in one process."""
 
 from __future__ import annotations
 
@@ -39,13 +39,23 @@ def prove(file: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str]) -> int:
+def answer(file: str, folder: str) -> str:
+    """One line of JSON: what `prove` finds, or the error that kept it from it."""
     try:
-        found = prove(Path(arguments[0]), Path(arguments[1]))
+        found = prove(Path(file), Path(folder))
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         found = {"error": f"{type(error).__name__}: {lines[0]}"}
-    print(json.dumps(found))
+    return json.dumps(found)
+
+
+def main(arguments: list[str]) -> int:
+    """``FILE FOLDER`` proves one file; without arguments, one for each line of stdin that holds both as a JSON list."""
+    if arguments:
+        print(answer(*arguments))
+        return 0
+    for line in sys.stdin:
+        print(answer(*json.loads(line)), flush=True)
     return 0
 
 

@@ -8,12 +8,14 @@ machine that the file is for, without the model.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -93,22 +95,76 @@ def prepare(
     return zeros
 
 
+COMMAND = (sys.executable, "-m", "ultrazoo.export.fresh")
+
+
 def run_fresh(file: Path, folder: Path) -> dict[str, Any]:
     """Prove `file` against ``proof.safetensors`` of `folder` in a process of its own: the error ratio of every case and
     the facts of the runtime. Raises UltrazooError when the runtime cannot load or run the file."""
-    command = [sys.executable, "-m", "ultrazoo.export.fresh", str(file), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shared = _SHARED.get()
+    if shared is not None:
+        return _read(file, *shared.ask(file, folder))
+    done = subprocess.run([*COMMAND, str(file), str(folder)], capture_output=True, text=True, check=False)
+    return _read(file, done.stdout, done.stderr, done.returncode)
+
+
+def _read(file: Path, out: str, said: str, code: int) -> dict[str, Any]:
     try:
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError):
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        end = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        lines = [line for line in said.splitlines() if line.strip()]
+        end = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise UltrazooError(
-            f"{file.name} did not run in a fresh process ({end}): {said[-1] if said else 'it said nothing'}"
+            f"{file.name} did not run in a fresh process ({end}): {lines[-1] if lines else 'it said nothing'}"
         ) from None
     if "error" in found:
         raise UltrazooError(f"{file.name} does not run: {found['error']}")
     return found  # type: ignore[no-any-return]
+
+
+class _Shared:
+    """A process that proves one file after the other; where one brings it down, the next gets a new one."""
+
+    def __init__(self, said: IO[str]):
+        self.said = said
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, file: Path, folder: Path) -> tuple[str, str, int]:
+        """What the process prints of `file`, what it has said so far, and its exit code, 0 while it lives."""
+        if self.process is None or self.process.poll() is not None:
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=self.said, text=True)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([str(file.resolve()), str(folder.resolve())]) + "\n")
+        self.process.stdin.flush()
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return line, "", 0
+        code = self.process.wait()
+        self.process = None
+        self.said.seek(0)
+        return "", self.said.read(), code
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+
+
+_SHARED: contextvars.ContextVar[_Shared | None] = contextvars.ContextVar("ultrazoo_shared_proofs", default=None)
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Inside the ``with`` block, every proof happens in the same fresh process: whoever proves many files saves its start."""
+    with tempfile.TemporaryFile("w+") as said:
+        shared = _Shared(said)
+        token = _SHARED.set(shared)
+        try:
+            yield
+        finally:
+            _SHARED.reset(token)
+            shared.close()
 
 
 def cases_in(folder: Path) -> list[tuple[dict[str, Tensor], Tensor]]:

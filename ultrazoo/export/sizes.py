@@ -79,22 +79,34 @@ def bounds_of(
 def proof_sizes(bounds: Bounds) -> list[dict[str, int]]:
     """The sizes to compare at; the first is the one to trace at, with a batch of 2.
 
-    Then twice the lowest bounds, where windows divide evenly; a ragged size; and both ends of the batch exchanged.
+    Then twice the lowest bounds, where windows by number divide evenly; a ragged size, of three different primes, which no
+    window and no cell divides; and both ends of the batch exchanged.
     """
     more = {"b": 1, "t": 1, "h": 1, "w": 2, "text": 5}
-    ragged = {"b": 1, "t": 3, "h": 5, "w": 3, "text": 11}
 
     def at(wanted: Mapping[str, int]) -> dict[str, int]:
         return {axis: min(wanted[axis], one.high) if one.open else one.low for axis, one in bounds.items()}
 
     traced = at({axis: one.low + more[axis] for axis, one in bounds.items()})
     even = at({axis: 1 if axis == "b" else 2 * one.low for axis, one in bounds.items()})
-    odd = at({axis: one.low + ragged[axis] for axis, one in bounds.items()})
+    odd = at({axis: one.low + more[axis] + 6 for axis, one in bounds.items()} | {"b": 2} | _primes(bounds))
     single = at({**traced, "b": 1})
     found: list[dict[str, int]] = []
     for size in (traced, even, odd, single):
         if size not in found:
             found.append(size)
+    return found
+
+
+def _primes(bounds: Bounds) -> dict[str, int]:
+    """A prime for each axis of the grid, a little above its lowest size, all different."""
+    found: dict[str, int] = {}
+    for axis in ("t", "h", "w"):
+        if axis in bounds:
+            size = bounds[axis].low + 2
+            while size in found.values() or any(size % divisor == 0 for divisor in range(2, size)):
+                size += 1
+            found[axis] = size
     return found
 
 
