@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..errors import UltrazooError, UsageError
 from ..weights.config import require_plugins
 from . import proof, record
+from .kernels_seen import unwatched
 from .sizes import bounds_from, require_within, sizes_of
 from .targets import Loaded, target
 
@@ -43,6 +45,7 @@ class Engine:
         self.dtype: torch.dtype = getattr(torch, self.content["dtype"])
         self.device = _device(folder, self.content["device"])
         self._loaded: Loaded | None = None
+        self._ran = False
 
     @property
     def loaded(self) -> Loaded:
@@ -66,6 +69,7 @@ class Engine:
     def release(self) -> None:
         """Give the memory of the file back; the next call loads it again."""
         self._loaded = None
+        self._ran = False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if len(inputs) != len(self.ports):
@@ -80,11 +84,14 @@ class Engine:
         require_within(self.bounds, sizes, str(self.file))
         loaded = self.loaded
         try:
-            found = loaded.run(named)
-        except (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt):
+            # the first forward tells which kernels run
+            with unwatched() if self._ran else contextlib.nullcontext():
+                found = loaded.run(named)
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UltrazooError(f"{self.file} failed at {proof.shown(sizes)}: {_first(error)}") from error
+        self._ran = True
         return found.to(inputs[0].device)
 
 

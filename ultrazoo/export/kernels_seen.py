@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,3 +22,21 @@ class Watching(TorchDispatchMode):
         if "attention" in name or name.endswith("softmax"):
             self.seen.append(name.strip("_"))
         return func(*args, **(kwargs or {}))
+
+
+_UNWATCHED: contextvars.ContextVar[bool] = contextvars.ContextVar("ultrazoo_unwatched", default=False)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside the ``with`` block `watching` watches nothing: it costs a call in Python for every operator."""
+    token = _UNWATCHED.set(True)
+    try:
+        yield
+    finally:
+        _UNWATCHED.reset(token)
+
+
+def watching(seen: list[str]) -> contextlib.AbstractContextManager[Any]:
+    """`Watching`, or nothing inside of `unwatched`."""
+    return contextlib.nullcontext() if _UNWATCHED.get() else Watching(seen)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels_seen import Watching
+from .kernels_seen import watching
 from .targets import STEM, Job
 
 SUFFIX = ".exported.pt2"
@@ -35,7 +35,7 @@ class Loaded:
         self.seen: list[str] = []
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        with torch.no_grad(), Watching(self.seen):
+        with torch.no_grad(), watching(self.seen):
             return self.module(*inputs.values())  # type: ignore[no-any-return]
 
     def replace(self, values: Mapping[str, Tensor]) -> None:
