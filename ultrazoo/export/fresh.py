@@ -23,14 +23,16 @@ def prove(file: Path, folder: Path) -> dict[str, Any]:
     loaded = target(facts["target"]).Loaded(file)
     zeros = facts["proof"]["stand_ins"]
     if zeros:
-        loaded.replace(stand_ins(zeros, getattr(torch, facts["dtype"])))
+        values = stand_ins(zeros, getattr(torch, facts["dtype"]))
+        loaded.replace({name: value.to(facts["device"]) for name, value in values.items()})
     ratios, seconds = [], []
     names = [port["name"] for port in facts["inputs"]]
     for inputs, due in cases_in(folder):
+        placed = {name: inputs[name].to(facts["device"]) for name in names}
         before = time.perf_counter()
-        got = loaded.run({name: inputs[name] for name in names})
+        got = loaded.run(placed).cpu()
         seconds.append(round(time.perf_counter() - before, 4))
-        ratios.append(ratio(got.cpu(), due))
+        ratios.append(ratio(got, due))
     return {
         "ratios": ratios,
         "seconds": seconds,
