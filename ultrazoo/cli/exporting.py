@@ -95,14 +95,16 @@ def _again(arguments: list[str], json: bool) -> None:
     """`ultrazoo export --verify FILE`: there is no --to, so the one argument is an exported file."""
     from ..weights.staging import EXPORTED
 
-    if len(arguments) != 1 or not _is_export(Path(arguments[0]), EXPORTED):
-        raise UsageError(
-            f"--to is missing: one of {', '.join(EXPORTS)}; to prove a file again: ultrazoo export --verify FILE, the file or "
-            "the directory that an export wrote"
-        )
+    how = "to prove a file again: ultrazoo export --verify FILE, the file or the directory that an export wrote"
+    if len(arguments) != 1:
+        raise UsageError(f"--to is missing: one of {', '.join(EXPORTS)}; {how}")
+    place = Path(arguments[0])
+    if not _is_export(place, EXPORTED):
+        what = f"{place} is no exported file" if place.exists() else f"{place}: no such file"
+        raise UsageError(f"{what}, and --to is missing: one of {', '.join(EXPORTS)}; {how}")
     from .. import export
 
-    made = export.verify(arguments[0], say=out.note)
+    made = export.verify(place, say=out.note)
     _show(made.file, made.content, json)
 
 
@@ -120,37 +122,66 @@ def _show(file: Path, content: Mapping[str, Any], json: bool) -> None:
     )
     rows = [["sizes", bounds], *_inside(content), *_proof(content["proof"])]
     spent = ", ".join(f"{name.removesuffix('_s')} {seconds:g} s" for name, seconds in content["spent"].items())
-    out.echo(f"{file}: {out.size(sum(one['bytes'] for one in content['files'].values()))}, {content['dtype']}")
+    out.echo(f"{file}: {out.size(sum(one['bytes'] for one in _model_files(content)))}, {content['dtype']}")
     out.echo(out.table([*rows, ["time", spent]]))
     if content["target"] == "torchscript":
         out.note("note: torch has deprecated TorchScript; export to pt2 or aoti unless a program of yours needs it")
 
 
+def _model_files(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The file and what it cannot do without; the inputs and answers of the proof are not of them."""
+    return [one for name, one in content["files"].items() if name != "proof.safetensors"]
+
+
 def _inside(content: Mapping[str, Any]) -> list[list[str]]:
-    """What the graph holds, where it could be read."""
-    found = content.get("interior")
-    if found is None:
-        return []
+    """What the file holds while it runs."""
+    found = content["interior"]
     operators = sorted(found["operators"].items(), key=lambda one: -one[1])
     most = ", ".join(f"{name} {count}" for name, count in operators[:6])
-    largest, square, scores = (found[name] for name in ("largest", "faster_than_tokens", "scores_without_flash"))
-    rows = [
+    largest, square = found["largest"], found["faster_than_tokens"]
+    at = "at " + _size(found["at"])
+    grows = any(low < high for axis, (low, high) in content["bounds"].items() if axis in "thw")
+    faster = (
+        "no tensor does"
+        if square is None
+        else f"{square['shape']} of {square['operator']}, {out.size(square['bytes'])}"
+    )
+    return [
         ["operators", f"{sum(found['operators'].values())}: {most} …"],
-        [
-            "largest tensor",
-            f"{largest['shape']} of {largest['operator']}, {out.size(largest['bytes'])} at the recipe's size",
-        ],
-        [
-            "grows faster than tokens",
-            "no tensor does"
-            if square is None
-            else f"{square['shape']} of {square['operator']}, {out.size(square['bytes'])}",
-        ],
+        ["largest tensor", f"{largest['shape']} of {largest['operator']}, {out.size(largest['bytes'])} {at}"],
+        ["grows faster than tokens", faster if grows else "the grid is fixed"],
+        *_scores(content, at),
     ]
-    if scores is not None:
-        told = f"{scores['shape']}, {out.size(scores['bytes'])} at the recipe's size, in kernels that are not flash attention"
-        rows.append(["scores", told])
-    return rows
+
+
+def _scores(content: Mapping[str, Any], at: str) -> list[list[str]]:
+    """Is there a tensor of queries by keys, and how large may the grid be before it fills the memory?"""
+    found = content["interior"]
+    scores, fit = found["scores_without_flash"], found.get("scores_on_cpu")
+    if scores is None:
+        return []
+    what = f"{scores['shape']}, {out.size(scores['bytes'])} {at}"
+    if fit is not None:
+        rows = [["scores", f"{what}: onnxruntime holds them whole on a CPU"]]
+        memory = f"the {out.size(fit['memory_bytes'])} of this machine"
+        if not fit["fits"]:
+            rows.append(["", f"they do not fit {memory}"])
+        if fit["largest_grid"] is not None:
+            rows.append(["", f"they fit {memory} up to grid {'x'.join(map(str, fit['largest_grid']))}"])
+        return rows
+    flash = content["proof"].get("runtime", {}).get("flash")
+    if flash and found["faster_than_tokens"] is not None:
+        return [["scores", "the tensor above may be one; attention that is one operator runs as flash attention"]]
+    if flash:
+        return [["scores", f"no such tensor: the kernel is flash attention; without it, {what}"]]
+    if flash is None:
+        return [["scores", f"{what}, unless the kernel is flash attention: no proof was run that would tell"]]
+    return [["scores", f"{what}: a softmax ran by itself, so they may be a tensor"]]
+
+
+def _size(at: Mapping[str, int]) -> str:
+    grid = "x".join(str(at[axis]) for axis in ("t", "h", "w") if axis in at)
+    return f"batch {at['b']}, grid {grid}"
 
 
 def _proof(found: Mapping[str, Any]) -> list[list[str]]:
@@ -159,12 +190,10 @@ def _proof(found: Mapping[str, Any]) -> list[list[str]]:
     worst = max(case["ratio"] for case in found["cases"])
     runtime = found["runtime"]
     kernels = ", ".join(runtime["kernels"]) or "none of attention"
+    version = runtime.get(runtime["runtime"], runtime.get("torch", ""))
     rows = [
         ["proof", f"error ratio at most {worst:.1e} at {len(found['cases'])} sizes, allowed {found['allowed']:g}"],
-        [
-            "ran in",
-            f"{runtime['runtime']} {runtime.get(runtime['runtime'], runtime.get('torch', ''))}, kernels: {kernels}",
-        ],
+        ["ran in", f"{runtime['runtime']} {version}, attention: {kernels}"],
     ]
     if found["stand_ins"]:
         count = len(found["stand_ins"])

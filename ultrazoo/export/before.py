@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .. import assemble, registry
-from ..errors import UsageError, listed
+from ..errors import OutputError, UsageError, listed
 from ..grid import Grid
 from ..ports import Port
 from ..recipe import Plan
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, Options, Spec
 from ..weights import config
 from ..weights.disk import check_space
 from ..weights.staging import refuse_existing
@@ -122,23 +122,47 @@ def _require_traits(to: str, running: list[AttentionSpec]) -> None:
 
 
 def _require_kernels(to: str, running: list[AttentionSpec]) -> None:
+    """Raise UsageError for kernels that were asked for by name and that no file can hold, wherever in a design they stand."""
+    lines: dict[str, list[int]] = {}
     for layer, spec in enumerate(running):
-        name = getattr(spec, "kernel", "auto")
-        if name == "auto":
-            continue
-        kernel = registry.find("kernel", name)
-        if not kernel.exportable:
+        for owner, name in kernels_in(spec):
+            kernel = registry.find("kernel", name)
+            if kernel.exportable:
+                continue
             kind = "exact" if kernel.exact else "lossy"
-            raise UsageError(
-                f"attention {spec.name!r} (layer {layer}) is told to use the {kind} kernel {name!r}, which no {to} file can "
-                "hold; use kernel: auto, sdpa or math"
+            line = (
+                f"attention {owner!r} is told to use the {kind} kernel {name!r}, which no {to} file can hold; use kernel: "
+                "auto, sdpa or math"
             )
+            lines.setdefault(line, []).append(layer)
+    if lines:
+        raise UsageError("\n".join(f"{line}: layers {listed(map(str, layers))}" for line, layers in lines.items()))
+
+
+def kernels_in(part: Any) -> list[tuple[str, str]]:
+    """(attention, kernel) of every kernel that is asked for by name in a spec or in one inside it."""
+    if isinstance(part, Mapping):
+        return [one for value in part.values() for one in kernels_in(value)]
+    if isinstance(part, tuple | list):
+        return [one for value in part for one in kernels_in(value)]
+    if not isinstance(part, Options | Spec):
+        return []
+    found = []
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if field.name == "kernel" and isinstance(value, str) and value != "auto":
+            found.append((part.name, value))
+        else:
+            found += kernels_in(value)
+    return found
 
 
 def _require_room(plan: Plan, wanted: Wanted) -> None:
     folder = Path(os.path.realpath(wanted.out)).parent
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise OutputError(f"cannot write below {folder}: it is a file, not a directory")
     # AOTInductor keeps the weights in its cache and in the package until the cache goes
     copies = 3 if wanted.to == "aoti" else 1
     check_space(folder, int(plan.totals.weight_bytes * copies * 1.05) + (1 << 24))

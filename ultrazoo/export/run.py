@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import assemble
-from ..errors import CheckFailed, UltrazooError, UsageError
+from .. import __version__, assemble
+from ..errors import CheckFailed, OutputError, UltrazooError, UsageError
 from ..ports import Port
 from ..recipe import Plan
 from ..weights.disk import disk_errors, write_bytes
 from ..weights.staging import staged, staged_file
 from . import proof, record
 from .before import Wanted, checked, made, opened, require_sizes
-from .interior import interior
+from .latents import latents_of
+from .look import look
 from .origin import weights_of
 from .phases import keep_phase
 from .program import program_of
+from .quiet import quiet
 from .record import UNVERIFIED
-from .sizes import AXES, Axis, proof_sizes
+from .scores import is_flash
+from .sizes import Axis, proof_sizes
 from .targets import Job, target
 
 Say = Callable[[str], None]
@@ -138,7 +142,7 @@ def _write(
         "kind": "image" if plan.grid.t == 1 else "video",
         "phase": None if steps is None else list(steps),
         "inputs": record.ports_data(ports),
-        "output": "of the shape of latents" if ports[0].name == "latents" else "",
+        "latents": latents_of(plan.resolved.backbone),
         "bounds": {axis: one.data() for axis, one in bounds.items()},
         "form": "index arrays, sizes open" if any(one.open for one in bounds.values()) else "index arrays, sizes fixed",
         "traced_at": cases[0],
@@ -155,14 +159,16 @@ def _write(
     with staged(wanted.out, force=wanted.force) as folder, disk_errors(wanted.out):
         if wanted.to != "torchscript":
             say(f"tracing at {proof.shown(cases[0])}")
-            job.program = program_of(model, wanted.to, ports, bounds, cases[0], dtype)
+            with _told(wanted.to, wanted.out):
+                job.program = program_of(model, wanted.to, ports, bounds, cases[0], dtype)
             lap("trace_s")
-            whole = _recipe_sizes(plan, bounds)
-            content["interior"] = {"at": whole, **interior(job.program, ports, bounds, whole).data()}
-            lap("look_s")
         say(f"writing {wanted.to}")
-        file = _translated(job, wanted.to, folder)
+        with _told(wanted.to, wanted.out):
+            file = target(wanted.to).write(job, folder)
         lap("write_s")
+        with _told(wanted.to, wanted.out):
+            content["interior"] = look(job, wanted.to, file, plan)
+        lap("look_s")
         content |= {"file": file.name, "files": {}, "spent": spent}
         if wanted.verify:
             say(f"running the model at {len(cases)} sizes")
@@ -192,14 +198,22 @@ def _write(
     return Exported(target_file, content)
 
 
-def _translated(job: Job, to: str, folder: Path) -> Path:
-    """The target's file. An exporter's failure is told in one sentence; what it says at length is its cause."""
+@contextlib.contextmanager
+def _told(to: str, out: Path) -> Iterator[None]:
+    """An exporter is silent, and its failure is told in one sentence; what it says at length is its cause."""
     try:
-        return target(to).write(job, folder)  # type: ignore[no-any-return]
+        with quiet():
+            yield
     except (UltrazooError, OSError, MemoryError):
         raise
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
+        # torch's writers say nothing of the cause
+        if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+            raise OutputError(
+                f"cannot write {out}: torch could not finish the file; the disk may be full: free some space or choose another "
+                "place with -o"
+            ) from error
         raise UltrazooError(
             f"{to} could not be written: {type(error).__name__}: {lines[0] if lines else ''}; --debug shows where"
         ) from error
@@ -220,7 +234,8 @@ def _proved(file: Path, folder: Path, content: Mapping[str, Any], say: Say) -> d
         cases.append({**case, "ratio": min(ratio, 1e308), "seconds": seconds})
         say(f"  {proof.shown(case['sizes'])}: error ratio {ratio:.2e} (allowed {allowed:g})")
     holds = all(case["ratio"] <= allowed for case in cases)
-    outcome = {**content["proof"], "holds": holds, "cases": cases, "runtime": found["facts"], "load_s": found["load_s"]}
+    runtime = {**found["facts"], "flash": is_flash(found["facts"]["kernels"])}
+    outcome = {**content["proof"], "holds": holds, "cases": cases, "runtime": runtime, "load_s": found["load_s"]}
     return {**content, "proof": outcome}
 
 
@@ -237,14 +252,5 @@ def _failure(file: Path, content: Mapping[str, Any]) -> str:
 
 def _embedded(content: Mapping[str, Any]) -> dict[str, str]:
     """What stands inside the file, for whoever finds it alone."""
-    from .. import __version__
-
-    strides = content["recipe"].get("backbone", {})
-    kept = {key: content[key] for key in ("name", "hash", "dtype", "kind", "phase", "inputs", "bounds")}
-    return {"ultrazoo": json.dumps({"version": __version__, **kept, "backbone": strides})}
-
-
-def _recipe_sizes(plan: Plan, bounds: Mapping[str, Axis]) -> dict[str, int]:
-    """The recipe's own size, where the bounds allow it: batch 1, its grid, its text."""
-    own = dict(zip(AXES, (1, *plan.grid, getattr(plan.resolved.backbone, "text_tokens", 1)), strict=True))
-    return {axis: min(max(own[axis], one.low), one.high) for axis, one in bounds.items()}
+    kept = {key: value for key, value in content.items() if key not in ("plugins", "traced_at", "form")}
+    return {"ultrazoo": json.dumps({"version": __version__, **kept})}

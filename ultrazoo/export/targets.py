@@ -1,7 +1,7 @@
 """The export targets: what each writes, and how its file is loaded and run. One file each.
 
-A target is a module with ``SUFFIX``, ``SUMMARY``, ``absent()``, ``write(job, folder)`` and ``Loaded(path)``; `Loaded` has
-``run(inputs)``, ``replace(values)`` and ``facts()``.
+A target is a module with ``SUFFIX``, ``SUMMARY``, ``absent()``, ``write(job, folder)`` and ``Loaded(path)``, and ``operators(path)``
+where the file has others than the program. `Loaded` has ``run(inputs)``, ``replace(values)`` and ``facts()``.
 """
 
 from __future__ import annotations

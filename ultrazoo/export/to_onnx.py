@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .onnx_forms import translations
 from .targets import STEM, Job
 
 SUFFIX = ".onnx"
@@ -59,11 +57,15 @@ def write(job: Job, folder: Path) -> Path:
     import onnx_ir.passes.common as passes
 
     path = folder / f"{STEM}{SUFFIX}"
-    with _quiet():
-        # torch's own pass of rewrites takes longer than all else and is left to the runtime, which has better ones
-        made = torch.onnx.export(
-            job.program, dynamo=True, opset_version=job.opset or OPSET, optimize=False, verbose=False
-        )
+    # torch's own pass of rewrites takes longer than all else and is left to the runtime, which has better ones
+    made = torch.onnx.export(
+        job.program,
+        dynamo=True,
+        opset_version=job.opset or OPSET,
+        optimize=False,
+        verbose=False,
+        custom_translation_table=translations(),
+    )
     assert made is not None
     model = made.model
     for step in (
@@ -79,18 +81,18 @@ def write(job: Job, folder: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's own account of its steps."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
+def operators(path: Path) -> dict[str, int]:
+    """Operators of the file by number, those inside its functions and branches with them."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    found: Counter[str] = Counter()
+    lists = [model.graph.node, *(one.node for one in model.functions)]
+    while lists:
+        for node in lists.pop():
+            found[node.op_type] += 1
+            lists.extend(one.g.node for one in node.attribute if one.HasField("g"))
+    return dict(found.most_common())
 
 
 class Loaded:
@@ -103,7 +105,7 @@ class Loaded:
         self.options = onnxruntime.SessionOptions()
         self.options.log_severity_level = 3
         self.options.intra_op_num_threads = torch.get_num_threads()
-        self.kept: list[Any] = []
+        self._source: str | bytes = str(path)
         self._session: Any = None
 
     @property
@@ -111,11 +113,8 @@ class Loaded:
         import onnxruntime
 
         if self._session is None:
-            # what folds constants reads the weights of the file, not those that stand in for them
-            without = ["ConstantFolding"] if self.kept else []
-            self._session = onnxruntime.InferenceSession(
-                str(self.path), self.options, providers=["CPUExecutionProvider"], disabled_optimizers=without
-            )
+            self._session = onnxruntime.InferenceSession(self._source, self.options, providers=["CPUExecutionProvider"])
+            self._source = str(self.path)
         return self._session
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -124,13 +123,22 @@ class Loaded:
         return torch.from_numpy(found[0])
 
     def replace(self, values: Mapping[str, Tensor]) -> None:
-        import onnxruntime
+        """Before the first run: the values stand in the graph, so that the runtime optimises it as it does any other."""
+        import onnx
 
-        for name, value in values.items():
-            one = onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy())
-            self.options.add_initializer(name, one)
-            # the session reads the memory when it is made
-            self.kept.append(one)
+        model = onnx.load(str(self.path), load_external_data=False)
+        left = dict(values)
+        for one in model.graph.initializer:
+            if one.name in left:
+                one.CopyFrom(onnx.numpy_helper.from_array(left.pop(one.name).numpy(), one.name))
+        if left:
+            raise ValueError(f"the file has no weights called {', '.join(left)}")
+        self._source = model.SerializeToString()
+        # weights in a file beside it are found from there
+        self.options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.path.parent)
+        )
+        self._session = None
 
     def facts(self) -> dict[str, Any]:
         import onnx
@@ -142,6 +150,5 @@ class Loaded:
             "runtime": "onnxruntime",
             "onnxruntime": onnxruntime.__version__,
             "provider": self.session.get_providers()[0],
-            "constants_folded": not self.kept,
             "kernels": attention,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention.contract import export_form
-from .kernels_seen import Watching
+from .kernels_seen import watching
 from .sizes import inputs_at
 from .targets import STEM, Job
 
@@ -28,13 +29,24 @@ def write(job: Job, folder: Path) -> Path:
     device = next(job.model.parameters()).device
     inputs = inputs_at(job.ports, job.traced_at, job.dtype)
     placed = tuple(inputs[port.name].to(device) for port in job.ports)
-    with warnings.catch_warnings(), torch.no_grad(), export_form(job.model, "torchscript"):
-        # every branch that the tracer warns of was taken by facts of the model, not of its inputs; the proof tells
-        warnings.simplefilter("ignore")
+    # every branch that the tracer warns of was taken by facts of the model, not of its inputs; the proof tells
+    with torch.no_grad(), export_form(job.model, "torchscript"):
         traced = torch.jit.trace(job.model, placed, check_trace=False)
         path = folder / f"{STEM}{SUFFIX}"
         torch.jit.save(traced, str(path), _extra_files=dict(job.metadata))
     return path
+
+
+def operators(path: Path) -> dict[str, int]:
+    """Operators of the file by number, calls of submodules followed."""
+    found: Counter[str] = Counter()
+    blocks = [Loaded(path).module.inlined_graph]
+    while blocks:
+        for node in blocks.pop().nodes():
+            blocks.extend(node.blocks())
+            if node.kind().startswith("aten::"):
+                found[node.kind().removeprefix("aten::")] += 1
+    return dict(found.most_common())
 
 
 class Loaded:
@@ -47,7 +59,7 @@ class Loaded:
         self.seen: list[str] = []
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        with torch.no_grad(), Watching(self.seen):
+        with torch.no_grad(), watching(self.seen):
             return self.module(*inputs.values())  # type: ignore[no-any-return]
 
     def replace(self, values: Mapping[str, Tensor]) -> None:
