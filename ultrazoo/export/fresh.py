@@ -15,13 +15,15 @@ from .targets import target
 
 
 def prove(file: Path, folder: Path) -> dict[str, Any]:
-    """Error ratios of `file` at the cases kept in `folder`, seconds per forward, and what the runtime says of itself."""
+    """Error ratios of `file` at the cases kept in `folder`, weights that had stand-ins and are not zero in the file, seconds
+    per forward, and what the runtime says of itself."""
     import torch
 
     facts = record.read(folder)
     start = time.perf_counter()
     loaded = target(facts["target"]).Loaded(file)
     zeros = facts["proof"]["stand_ins"]
+    wrong = loaded.not_zero(zeros)
     if zeros:
         values = stand_ins(zeros, getattr(torch, facts["dtype"]))
         loaded.replace({name: value.to(facts["device"]) for name, value in values.items()})
@@ -35,6 +37,7 @@ def prove(file: Path, folder: Path) -> dict[str, Any]:
         ratios.append(ratio(got, due))
     return {
         "ratios": ratios,
+        "not_zero": wrong,
         "seconds": seconds,
         "load_s": round(time.perf_counter() - start - sum(seconds), 2),
         "facts": loaded.facts(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..errors import UltrazooError, UsageError
 from ..ops.seeds import generator_for
 from ..ports import Port
+from ..weights.disk import write_bytes
 from .sizes import Sizes, inputs_at
 
 FILE = "proof.safetensors"
@@ -44,11 +46,13 @@ def ratio(got: Tensor, due: Tensor) -> float:
 def stand_ins(zeros: Mapping[str, Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
     """Values for weights that are all zero, by name: from the name alone.
 
-    A fresh diffusion transformer answers zero whatever comes in, so that nothing could be told from its answer.
+    A fresh diffusion transformer answers zero whatever comes in, so that nothing could be told from its answer. Matrices
+    keep the size of what goes through them, so that every layer has a share in the answer.
     """
     found = {}
     for name, shape in zeros.items():
-        found[name] = (torch.randn(tuple(shape), generator=generator_for(0, f"proof.{name}")) * 0.05).to(dtype)
+        scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.3
+        found[name] = (torch.randn(tuple(shape), generator=generator_for(0, f"proof.{name}")) * scale).to(dtype)
     return found
 
 
@@ -91,7 +95,7 @@ def prepare(
                 raise UltrazooError(f"the model's answer at {shown(sizes)} is {what}: nothing can be proved with it")
             kept.update({f"{index}.{name}": value for name, value in inputs.items()})
             kept[f"{index}.{OUTPUT}"] = found.contiguous()
-    save_file(kept, folder / FILE)
+    write_bytes(folder / FILE, save(kept))
     return zeros
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import __version__, assemble
-from ..errors import CheckFailed, OutputError, UltrazooError, UsageError
+from ..errors import CheckFailed, OutputError, UltrazooError, UsageError, listed
 from ..ports import Port
 from ..recipe import Plan
 from ..weights.disk import disk_errors, write_bytes
@@ -34,6 +34,8 @@ from .sizes import Axis, proof_sizes
 from .targets import Job, target
 
 Say = Callable[[str], None]
+SLACK_BYTES = 1 << 20
+"""What a file holds beside its weights, at least."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,6 @@ def verify(path: str | os.PathLike[str], say: Say | None = None) -> Exported:
     if not done["proof"]["holds"]:
         raise CheckFailed(_failure(file, done))
     if not content["proof"]["holds"]:
-        done["proof"].pop("why", None)
         with disk_errors(folder):
             file = file.rename(folder / content["file"])
         with staged_file(folder / record.FILE, force=True) as new:
@@ -163,6 +164,7 @@ def _write(
                 job.program = program_of(model, wanted.to, ports, bounds, cases[0], dtype)
             lap("trace_s")
         say(f"writing {wanted.to}")
+        _reserve(folder, plan.totals.weight_bytes)
         with _told(wanted.to, wanted.out):
             file = target(wanted.to).write(job, folder)
         lap("write_s")
@@ -196,6 +198,17 @@ def _write(
         target_file = wanted.out / (content["file"] + UNVERIFIED)
         raise CheckFailed(_failure(target_file, content))
     return Exported(target_file, content)
+
+
+def _reserve(folder: Path, weight_bytes: int) -> None:
+    """Take the room for a file and give it back. Raises OSError where there is none: torch's own writers, which are C++,
+    end the process on a full disk."""
+    place = folder / "room"
+    with place.open("xb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, weight_bytes + SLACK_BYTES)
+        finally:
+            place.unlink()
 
 
 @contextlib.contextmanager
@@ -233,15 +246,18 @@ def _proved(file: Path, folder: Path, content: Mapping[str, Any], say: Say) -> d
     for case, ratio, seconds in zip(content["proof"]["cases"], found["ratios"], found["seconds"], strict=True):
         cases.append({**case, "ratio": min(ratio, 1e308), "seconds": seconds})
         say(f"  {proof.shown(case['sizes'])}: error ratio {ratio:.2e} (allowed {allowed:g})")
-    holds = all(case["ratio"] <= allowed for case in cases)
+    holds = all(case["ratio"] <= allowed for case in cases) and not found["not_zero"]
     runtime = {**found["facts"], "flash": is_flash(found["facts"]["kernels"])}
     outcome = {**content["proof"], "holds": holds, "cases": cases, "runtime": runtime, "load_s": found["load_s"]}
+    outcome.pop("why", None)
+    if found["not_zero"]:
+        outcome["why"] = f"weights that are zero in the model are not in the file: {listed(found['not_zero'][:5])}"
     return {**content, "proof": outcome}
 
 
 def _failure(file: Path, content: Mapping[str, Any]) -> str:
     found = content["proof"]
-    if "why" in found and not found.get("runtime"):
+    if "why" in found:
         return f"{file} is not proved: {found['why']}"
     worst = max(found["cases"], key=lambda case: case["ratio"])
     return (

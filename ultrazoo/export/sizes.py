@@ -59,13 +59,13 @@ def bounds_of(
     open has the size of the recipe; the batch is 1. Raises UsageError for an axis that the model does not have.
     """
     known = axes_of(ports)
+    if opened is not None and "t" in opened and grid.t == 1:
+        raise UsageError("--dynamic t: this recipe makes images (T = 1); an image and a video are two exports")
     for axis in opened or ():
         if axis not in known:
             hint = near(axis, known)
             rule = f"--dynamic names axes of {', '.join(known)}, got {axis!r}"
             raise UsageError(rule + (f"; {hint}" if hint else ""))
-    if opened is not None and "t" in opened and grid.t == 1:
-        raise UsageError("--dynamic t: this recipe makes images (T = 1); an image and a video are two exports")
     least = {"b": 1, "t": max(2, lowest[0]), "h": max(2, lowest[1]), "w": max(2, lowest[2]), "text": 2}
     fixed = {"b": 1, "t": grid.t, "h": grid.h, "w": grid.w, "text": text}
     found = {}

@@ -7,7 +7,7 @@ where the file has others than the program. `Loaded` has ``run(inputs)``, ``repl
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,10 @@ class Loaded(Protocol):
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One forward; inputs by their names."""
+        ...
+
+    def not_zero(self, names: Iterable[str]) -> list[str]:
+        """Those of the model's weights `names` that the file lacks or that are not all zero in it."""
         ...
 
     def replace(self, values: Mapping[str, Tensor]) -> None:

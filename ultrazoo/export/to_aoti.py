@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ SETTINGS = {
     # index arithmetic that is folded into the places that read by it ends in an assertion of sympy's (torch 2.15), and
     # would be done again for every element
     "constant_and_index_propagation": False,
+    # as many threads as the process has that loads it, not as this one has
+    "cpp.dynamic_threads": True,
 }
 
 
@@ -35,7 +37,12 @@ def absent() -> str:
 
 
 def write(job: Job, folder: Path) -> Path:
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
     path = folder / f"{STEM}{SUFFIX}"
+    loose_biases(job.program)
+    # what this machine's vector units can do is tried with a compiler, once for all exports
+    valid_vec_isa_list()
     # the compiler's cache holds a copy of the weights; it goes with the run
     with tempfile.TemporaryDirectory(prefix=".aoti-", dir=folder) as cache:
         before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
@@ -64,6 +71,11 @@ class Loaded:
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             return self.module(*inputs.values())  # type: ignore[no-any-return]
+
+    def not_zero(self, names: Iterable[str]) -> list[str]:
+        """Compiled code gives its weights to nobody; of those that are all zero it must at least have the names."""
+        own = set(self.module.get_constant_fqns())
+        return [name for name in names if name not in own]
 
     def replace(self, values: Mapping[str, Tensor]) -> None:
         self.module.load_constants(dict(values), check_full_update=False)

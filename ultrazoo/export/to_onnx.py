@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,14 @@ class Loaded:
         due = [one.name for one in self.session.get_inputs()]
         found = self.session.run(None, {name: inputs[name].numpy() for name in due})
         return torch.from_numpy(found[0])
+
+    def not_zero(self, names: Iterable[str]) -> list[str]:
+        import onnx
+
+        model = onnx.load(str(self.path), load_external_data=False)
+        own = {one.name: one for one in model.graph.initializer}
+        folder = str(self.path.parent)
+        return [name for name in names if name not in own or onnx.numpy_helper.to_array(own[name], folder).any()]
 
     def replace(self, values: Mapping[str, Tensor]) -> None:
         """Before the first run: the values stand in the graph, so that the runtime optimises it as it does any other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Loaded:
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad(), watching(self.seen):
             return self.module(*inputs.values())  # type: ignore[no-any-return]
+
+    def not_zero(self, names: Iterable[str]) -> list[str]:
+        own = dict(self.module.named_parameters())
+        return [name for name in names if name not in own or bool(own[name].any())]
 
     def replace(self, values: Mapping[str, Tensor]) -> None:
         own = dict(self.module.named_parameters())

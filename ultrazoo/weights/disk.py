@@ -45,6 +45,7 @@ def explain(path: Path | str | os.PathLike[str], error: OSError) -> str:
     """One line for a failed write."""
     causes = {
         errno.ENOSPC: "the disk is full; free some space or choose another place with -o",
+        errno.EFBIG: "files may not be so large here; choose another place with -o",
         errno.EDQUOT: "the disk quota is used up; free some space or choose another place with -o",
         errno.EACCES: "permission denied; choose a place you may write to with -o",
         errno.EPERM: "not permitted; choose a place you may write to with -o",
