@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .aoti_forms import loose_biases
 from .targets import STEM, Job
 
 SUFFIX = ".aoti.pt2"
