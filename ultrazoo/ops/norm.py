@@ -15,8 +15,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Statistics and scaling in fp32 for fp16 and bf16 inputs, result in the dtype of x.
     """
     if x.device.type != "cpu" or followed():
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        normed = F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype)
+        size = (x.shape[-1],)
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, size, weight, eps)
+        wide = x.float()
+        # ONNX's norm has a scale: without one here an exporter makes ones as large as x
+        normed = F.rms_norm(wide, size, wide.new_ones(size), eps).to(x.dtype)
         return normed if weight is None else normed * weight
     # one reading pass for the norm, one for the scale: three times fewer passes than F.rms_norm on a CPU
     wide_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -185,24 +185,58 @@ def indices(rules: Sequence[AxisRule], grid: Sequence[int], device: torch.device
     return (t, h, w)
 
 
-def gathered(z: Tensor, axes: Indices) -> Tensor:
-    """(B, T, H, W, heads, D) → (B, Kt, St, Kh, Sh, Kw, Sw, heads, D)."""
-    for axis, index in enumerate(axes):
-        dim = 1 + 2 * axis
+def tokens_of_slots(axes: Indices, grid: Sequence[int], device: torch.device) -> Tensor:
+    """The token that each slot of each window holds: (windows, slots), windows and slots in t, h, w order.
+
+    One index for all three axes: rows of heads*D are copied once, and a compiled graph computes it once, not per row.
+    """
+    t, h, w = (
+        torch.arange(length, device=device)[None] if index.gather is None else index.gather
+        for index, length in zip(axes, grid, strict=True)
+    )
+    # (Kt, 1, 1, St, 1, 1), (Kh, 1, 1, Sh, 1), (Kw, 1, 1, Sw)
+    at = (t[:, None, None, :, None, None] * grid[1] + h[:, None, None, :, None]) * grid[2] + w[:, None, None, :]
+    return _flat(at, axes)
+
+
+def slots_of_tokens(axes: Indices, grid: Sequence[int], device: torch.device) -> Tensor:
+    """For each token its place among all windows' slots, as `tokens_of_slots` orders them: (N,)."""
+    windows, slots = [], []
+    for axis, (index, length) in enumerate(zip(axes, grid, strict=True)):
+        shape = [1, 1, 1]
+        shape[axis] = -1
         if index.gather is None:
-            z = z.unsqueeze(dim)
-        elif dim == 1:
-            z = z[:, index.gather]
-        elif dim == 3:
-            z = z[:, :, :, index.gather]
+            windows.append((1, torch.zeros((), dtype=torch.long, device=device)))
+            slots.append((length, torch.arange(length, device=device).view(shape)))
         else:
-            z = z[:, :, :, :, :, index.gather]
-    return z
+            assert index.window is not None and index.slot is not None
+            windows.append((index.gather.shape[0], index.window.view(shape)))
+            slots.append((index.gather.shape[1], index.slot.view(shape)))
+    at = windows[0][1]
+    for count, index in (*windows[1:], *slots):
+        at = at * count + index
+    return at.flatten()
+
+
+def _flat(at: Tensor, axes: Indices) -> Tensor:
+    """(Kt, Kh, Kw, St, Sh, Sw) → (windows, slots)."""
+    at = at.flatten(3, 5)
+    # a dimension of 1 beside a symbolic one makes an exporter ask whether that is 1 too
+    for axis in (2, 1, 0):
+        if axes[axis].gather is None:
+            at = at.squeeze(axis)
+    return at.flatten(0, -2) if at.dim() > 1 else at.unsqueeze(0)
 
 
 def gathered_heads(z: Tensor, axes: Indices) -> Tensor:
     """(B, T, H, W, heads, D) → (B*windows, heads, slots, D), batch outermost."""
-    return gathered(z, axes).permute(0, 1, 3, 5, 7, 2, 4, 6, 8).flatten(5, 7).flatten(0, 3)
+    if all(index.gather is None for index in axes):
+        # dimensions of one window each, as the gathered form has them: of keys that are a strided view an exporter asks less
+        whole = z.unsqueeze(1).unsqueeze(3).unsqueeze(5).permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
+        return whole.flatten(5, 7).flatten(0, 3)
+    at = tokens_of_slots(axes, z.shape[1:4], z.device)
+    # (B, windows, slots, heads, D)
+    return z.flatten(1, 3)[:, at].transpose(2, 3).flatten(0, 1)
 
 
 def gathered_mask(axes: Indices, grid: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
@@ -215,25 +249,15 @@ def gathered_mask(axes: Indices, grid: Sequence[int], batch: int, device: torch.
         parts.append(torch.ones(1, length, dtype=torch.bool, device=device) if valid is None else valid)
     t, h, w = parts
     mask = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
-    mask = mask.flatten(3, 5)
-    # a dimension of 1 beside a symbolic one makes an exporter ask whether that is 1 too
-    for axis in (2, 1, 0):
-        if axes[axis].gather is None:
-            mask = mask.squeeze(axis)
-    mask = mask.flatten(0, -2)
+    mask = _flat(mask, axes)
     return mask.unsqueeze(0).expand(batch, -1, -1).flatten(0, 1)
 
 
 def scattered(y: Tensor, axes: Indices, grid: Sequence[int], batch: int) -> Tensor:
     """The inverse of `gathered_heads`: (B*windows, heads, slots, D) → (B, T, H, W, heads, D)."""
-    counts = [1 if index.gather is None else index.gather.shape[0] for index in axes]
-    slots = [
-        length if index.gather is None else index.gather.shape[1] for index, length in zip(axes, grid, strict=True)
-    ]
-    y = y.unflatten(0, (batch, *counts)).unflatten(5, tuple(slots))
-    # (B, Kt, Kh, Kw, heads, St, Sh, Sw, D) → (B, Kt, St, Kh, Sh, Kw, Sw, heads, D)
-    y = y.permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
-    t, h, w = axes
-    y = y.squeeze(1) if t.window is None else y[:, t.window, t.slot]
-    y = y.squeeze(2) if h.window is None else y[:, :, h.window, h.slot]
-    return y.squeeze(3) if w.window is None else y[:, :, :, w.window, w.slot]
+    y = y.transpose(1, 2)
+    if any(index.gather is not None for index in axes):
+        windows = math.prod(1 if index.gather is None else index.gather.shape[0] for index in axes)
+        # (B, windows*slots, heads, D)
+        y = y.unflatten(0, (batch, windows)).flatten(1, 2).index_select(1, slots_of_tokens(axes, grid, y.device))
+    return y.unflatten(1, tuple(grid))

@@ -84,8 +84,30 @@ def conv_cells(
     if not traced and cell[0] == 1 and x.device.type == "cpu":
         return _conv_cells_2d(x, weight, bias, cell, ragged)
     # (B, t, ft, h, fh, w, fw, C) * (ft, 1, fh, 1, fw, C)
+    if traced:
+        return _conv_gathered(x, taps, bias, cell, ragged)
     spread = taps.permute(1, 2, 3, 0)[:, None, :, None]
     return (cells(x, cell, ragged, traced) * spread).sum(dim=(2, 4, 6)) + bias
+
+
+def _conv_gathered(x: Tensor, taps: Tensor, bias: Tensor, cell: Cell, ragged: Ragged) -> Tensor:
+    """The same by one gather of tokens: (B, cells, tokens of a cell, C), weighed and summed; sizes may be symbolic."""
+    at: Tensor | None = None
+    sizes = []
+    for axis, factor in enumerate(cell):
+        length = x.shape[1 + axis]
+        count = coarse_size(length, factor, ragged)
+        index = torch.arange(count, device=x.device)[:, None] * factor + torch.arange(factor, device=x.device)
+        index = index.clamp(max=length - 1)
+        # (n, f) after (cells so far, tokens so far) → (cells, tokens)
+        at = index if at is None else (at[:, None, :, None] * length + index[:, None]).flatten(2, 3).flatten(0, 1)
+        sizes.append(count)
+    assert at is not None
+    # fp32 inside for 16 bits, as a convolution adds
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights = taps.flatten(1).transpose(0, 1).to(wide)
+    sums = (x.flatten(1, 3)[:, at].to(wide) * weights).sum(dim=2) + bias.to(wide)
+    return sums.to(x.dtype).unflatten(1, tuple(sizes))
 
 
 def _conv_cells_2d(x: Tensor, weight: Tensor, bias: Tensor, cell: Cell, ragged: Ragged) -> Tensor:
@@ -116,10 +138,12 @@ def lift(
     where cells span frames; positions as in ``align_corners=False``.
     """
     if ragged == "exact" and traced:
+        # rounded once, as an interpolation is
+        found = x if mode == "nearest" else x.to(torch.promote_types(x.dtype, torch.float32))
         for axis, factor in enumerate(cell):
             if factor > 1:
-                x = _lift_axis(x, axis + 1, factor, size[axis], mode)
-        return x
+                found = _lift_axis(found, axis + 1, factor, size[axis], mode)
+        return found.to(x.dtype)
     goal = tuple(size)
     if ragged == "exact":
         goal = tuple(x.shape[1 + axis] * cell[axis] for axis in range(3))
