@@ -41,7 +41,7 @@ gpu-test: $(DEV) ## the tests and bench rows that need a GPU
 	$(BIN)/pytest tests benchmarks -m gpu $(ARGS)
 
 .PHONY: proof
-proof: $(DEV) ## the full matrix of expensive proofs
+proof: $(DEV) ## the full matrix of expensive proofs; writes tests/export/proofs.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m proof -n $(WORKERS) --dist worksteal $(ARGS)
 
 .PHONY: bench

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[2]
 
 TUTORIALS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("index", "quickstart", "recipes", "probe", "checkpoints", "export", "add-an-attention")),
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "quickstart", "recipes", "probe", "checkpoints", "export", "add-an-attention")
+    ),
 )
 """Pages whose every command is run."""
 

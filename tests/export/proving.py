@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ultrazoo
+from benchmarks.rows import commit
 from tests.backbones.models import randomise
 from tests.export.cases import Case
 from ultrazoo.export import export
@@ -43,6 +44,7 @@ def prove(case: Case, target: str, folder: Path) -> dict[str, Any]:
         "ratio": float(f"{ragged['ratio']:.1e}"),
         "worst": float(f"{max(made.ratios):.1e}"),
         "kernels": runtime["kernels"],
+        "commit": commit(),
         "torch": torch.__version__,
         **({"onnxruntime": importlib.metadata.version("onnxruntime")} if target == "onnx" else {}),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.cli.program import here
 from tests.docs.shell import ROOT, blocks, runnable
+from tests.generate.runs import NATIVE
 from ultrazoo.generate.families import BY_PIPELINE
 from ultrazoo.generate.media import read_note
 
@@ -18,6 +19,7 @@ SMALLER = {
     "width: 832, height: 480, frames: 81": "width: 64, height: 64, frames: 9",
     "832x480": "64x80",
     " 81": " 5",
+    "preset: t2v_1_3b": ", ".join(f"{key}: {value}" for key, value in NATIVE.items()),
 }
 
 
@@ -48,6 +50,7 @@ def test_commands_of_the_page_run(capsys: Any, place: Path, wan: Path) -> None:
     note = read_note(place / "small.mp4")
     assert (note["prompt"], note["width"], note["frames"]) == ("a blue cube", 64, 5)
     assert (place / "later.mp4").is_file()
+    assert list(read_note(place / "later-engine.mp4")["engine"][0]["sha256"]) == ["model.onnx"]
 
 
 def test_the_page_names_every_pipeline() -> None:

@@ -66,7 +66,7 @@ def command(
     opened = [] if static else None if dynamic is None else _axes(dynamic)
     from .. import export
 
-    place = output or Path("exports") / f"{Path(recipe).stem}-{to}"
+    place = output or Path("exports") / f"{_called(recipe)}-{to}"
     made = export.export(
         recipe,
         to,
@@ -82,6 +82,12 @@ def command(
         say=out.note,
     )
     _show(made.file, made.content, json)
+
+
+def _called(source: str) -> str:
+    """What an export of a recipe or of a built model is called: the file's name, or the directory's."""
+    place = Path(source)
+    return place.resolve().name if place.is_dir() else place.stem
 
 
 def _axes(text: str) -> list[str]:

@@ -24,6 +24,11 @@ def command(
         metavar="RECIPE [KEY=VALUE]...",
         autocompletion=common.complete_recipe,
     ),
+    engine: list[Path] = typer.Option(
+        None,
+        "--engine",
+        help="An exported file, or its directory, in the transformer's place; needs no recipe. Once for each phase of steps.",
+    ),
     pipeline: Path = typer.Option(..., "--pipeline", help="Folder of a diffusers pipeline. Nothing is downloaded."),
     output: Path = typer.Option(..., "-o", "--output", help="File to write: .mp4 or .png, as the pipeline makes."),
     prompt: str = typer.Option("", "--prompt", help="What to make."),
@@ -51,7 +56,8 @@ def command(
     """Make an image or a video.
 
     Latents are saved before they are decoded, so that a failed decoding loses nothing: --from-latents goes on from there.
-    A recipe, size, prompt or seed given beside --from-latents must be the one that they were sampled with.
+    A recipe, size, prompt or seed given beside --from-latents must be the one that they were sampled with, a recipe beside
+    --engine the one that was exported.
     """
     common.one_of(dtype, DTYPES, "--dtype")
     common.one_of(tile, TILES, "--tile")
@@ -80,10 +86,11 @@ def command(
         latents=latents,
         force=force,
         offload=offload,
+        engines=tuple(engine or ()),
     )
     recipe: str | None = None
     overrides: list[str] = []
-    if arguments or from_latents is None:
+    if arguments or (from_latents is None and not engine):
         (recipe,), overrides = common.split(arguments or [], verb="generate")
     if from_latents is None:
         made = run.generate(recipe, pipeline, wanted, *overrides, say=out.note, bars=sys.stderr.isatty())

@@ -15,6 +15,9 @@ from ..ports import Port
 from .interior import SQUARE, Inside, Interior
 from .sizes import Bounds, Sizes, inputs_at
 
+SIDE = 4
+"""Height and width from which doubling tells growth."""
+
 
 @dataclass(frozen=True)
 class _Seen:
@@ -55,7 +58,7 @@ def measured(
 
     Where the grid is fixed there is one size, that of the recipe, and nothing grows.
     """
-    small = {axis: 2 * one.low if one.open and axis in "hw" else one.low for axis, one in bounds.items()}
+    small = {axis: max(one.low, SIDE) if one.open and axis in "hw" else one.low for axis, one in bounds.items()}
     growing = [axis for axis in "thw" if axis in bounds and bounds[axis].open]
     large = {axis: min(2 * size, bounds[axis].high) if axis in growing else size for axis, size in small.items()}
     runs = [_run(module, ports, at, dtype, device) for at in ((small, large) if growing else (large,))]

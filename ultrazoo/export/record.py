@@ -22,7 +22,7 @@ UNVERIFIED = ".unverified"
 
 DUE: Mapping[str, type] = {
     **dict.fromkeys(("target", "name", "hash", "dtype", "kind", "device", "file"), str),
-    **dict.fromkeys(("bounds", "weights", "recipe", "files", "proof"), dict),
+    **dict.fromkeys(("bounds", "weights", "recipe", "files", "proof", "interior"), dict),
     **dict.fromkeys(("inputs", "plugins"), list),
     "schema": int,
 }
@@ -30,7 +30,13 @@ DUE: Mapping[str, type] = {
 
 
 def ports_data(ports: Sequence[Port]) -> list[dict[str, Any]]:
-    return [{"name": one.name, "shape": list(one.shape), "kind": one.kind, "below": one.below} for one in ports]
+    def plain(size: int | tuple[str, int]) -> Any:
+        return list(size) if isinstance(size, tuple) else size
+
+    return [
+        {"name": one.name, "shape": [plain(size) for size in one.shape], "kind": one.kind, "below": one.below}
+        for one in ports
+    ]
 
 
 def ports_from(data: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:

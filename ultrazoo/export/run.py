@@ -247,7 +247,7 @@ def _proved(file: Path, folder: Path, content: Mapping[str, Any], say: Say) -> d
         cases.append({**case, "ratio": min(ratio, 1e308), "seconds": seconds})
         say(f"  {proof.shown(case['sizes'])}: error ratio {ratio:.2e} (allowed {allowed:g})")
     holds = all(case["ratio"] <= allowed for case in cases) and not found["not_zero"]
-    runtime = {**found["facts"], "flash": is_flash(found["facts"]["kernels"])}
+    runtime = {**found["facts"], "flash": is_flash(found["facts"], content["interior"]["operators"])}
     outcome = {**content["proof"], "holds": holds, "cases": cases, "runtime": runtime, "load_s": found["load_s"]}
     outcome.pop("why", None)
     if found["not_zero"]:

@@ -7,7 +7,7 @@ whole call, over batch (and windows), heads, queries and keys.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .sizes import Bounds, Sizes
@@ -21,9 +21,17 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def is_flash(kernels: Sequence[str]) -> bool | None:
-    """Do all of these operators do without a tensor of scores? None where no operator is known."""
-    return all(any(word in name for word in FLASH) for name in kernels) if kernels else None
+def is_flash(facts: Mapping[str, Any], operators: Mapping[str, int]) -> bool | None:
+    """Does all attention that a runtime tells of in its `facts` do without a tensor of scores? None where it tells of none.
+
+    A compiler that calls fewer attention operators than the program has (`operators`) has written the others out.
+    """
+    kernels = facts["kernels"]
+    if not kernels:
+        return None
+    due = sum(count for name, count in operators.items() if name.startswith("scaled_dot_product"))
+    whole = facts.get("attention_calls", due) >= due
+    return whole and all(any(word in name for word in FLASH) for name in kernels)
 
 
 def room(

@@ -82,16 +82,23 @@ class Loaded:
         self.module.load_constants(dict(values), check_full_update=False)
 
     def facts(self) -> dict[str, Any]:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return {"runtime": "AOTInductor", "torch": torch.__version__, "device": device, "kernels": _kernels(self.path)}
+        calls = _attention_calls(self.path)
+        return {
+            "runtime": "AOTInductor",
+            "torch": torch.__version__,
+            "device": self.module.get_metadata().get("AOTI_DEVICE_KEY", ""),
+            "kernels": sorted(set(calls)),
+            "attention_calls": len(calls),
+        }
 
 
-def _kernels(path: Path) -> list[str]:
-    """The attention operators that the compiled code calls, by the names of torch's C interface."""
-    found: set[str] = set()
+def _attention_calls(path: Path) -> list[str]:
+    """The attention operators that the compiled code calls, by the names of torch's C interface; what the compiler has
+    written out as products and a softmax is not among them."""
+    found: list[str] = []
     with zipfile.ZipFile(path) as package:
         for name in package.namelist():
-            if name.endswith((".so", ".cpp")):
-                content = package.read(name)
-                found |= {one.decode() for one in re.findall(rb"aoti_torch_(?:cpu|cuda)__(\w*attention\w*)", content)}
-    return sorted(found)
+            if name.endswith(".wrapper.cpp"):
+                calls = re.findall(rb"aoti_torch_(?:cpu|cuda)__(\w*attention\w*)\(", package.read(name))
+                found += [one.decode() for one in calls]
+    return found

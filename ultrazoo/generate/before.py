@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,22 +118,41 @@ def built_model(source: Any, directory: str | Path, family: Family) -> nn.Module
             f"{source} holds the new parameters of a design alone, which go into the pipeline's own transformer: give its "
             f"recipe and them, {Path(source) / 'recipe.yaml'} weights.path={source}"
         )
+    require_one_transformer(source, directory)
+    model: Any = assemble.from_pretrained(source)
+    require_kind(source, model.plan, family)
+    require_fit(source, model, directory, family)
+    return model  # type: ignore[no-any-return]
+
+
+def require_one_transformer(source: Any, directory: str | Path) -> None:
+    """Raise UsageError for a pipeline with two transformers, whose place one model cannot take."""
     if (Path(directory) / "transformer_2").is_dir():
         raise UsageError(f"{directory} has two transformers, and {source} would take the place of one; use a recipe")
-    model: Any = assemble.from_pretrained(source)
-    node = model.plan.resolved.data()["backbone"]
+
+
+def require_kind(source: Any, plan: Plan, family: Family) -> None:
+    """Raise UsageError where the model of `plan` is not the one that the pipeline calls."""
+    node = plan.resolved.data()["backbone"]
     if not recognised.same(node, {"name": "diffusers", "model": family.model}):
         what = "/".join(node[key] for key in ("name", "model") if key in node)
         raise UsageError(f"{source} is a {what!r} model, the pipeline is for {family.model}")
+
+
+def require_fit(source: Any, model: Any, directory: str | Path, family: Family) -> None:
+    """Raise UsageError where the pipeline's VAE or text encoder does not fit `model`, which has a config and a plan."""
     due = settings_of(directory, "transformer")
     differ = [
         f"{key} is {model.config[key]}, the pipeline's {due[key]}"
         for key in FITTING
         if key in due and model.config.get(key, due[key]) != due[key]
     ]
+    got = model.plan.resolved.backbone.geometry.strides
+    vae = family.strides(settings_of(directory, "vae"))
+    if vae is not None and any(b not in (None, a) for a, b in zip(got, vae, strict=True)):
+        differ.append(f"it is for a VAE with strides {tuple(got)} over (T, H, W), the pipeline's are {vae}")
     if differ:
         raise UsageError(f"{source} does not fit the pipeline in {directory}: {'; '.join(differ)}")
-    return model  # type: ignore[no-any-return]
 
 
 def _is_built(source: Any) -> bool:
@@ -256,12 +276,16 @@ TUNED = ("ultrazoo", "ultragen")
 
 
 def built_warnings(model: nn.Module) -> list[str]:
-    """What is to be said of a built model before it runs: random numbers, or a design that nothing was tuned for."""
-    plan: Plan = model.plan  # type: ignore[assignment]
-    origin: dict[str, Any] = getattr(model, "origin", None) or {}
-    loaded = origin.get("weights")
-    if fresh(model):
+    """What is to be said of a built model before it runs."""
+    return warnings_of(model.plan, getattr(model, "origin", None) or {}, fresh(model))  # type: ignore[arg-type]
+
+
+def warnings_of(plan: Plan, origin: Mapping[str, Any], random: bool) -> list[str]:
+    """What is to be said of a model whose numbers come from `origin`: that they are `random`, or that nothing was tuned
+    for its design."""
+    if random:
         return [f"{plan.name} was built without weights: its numbers are random, and so will be what it makes"]
+    loaded = origin.get("weights")
     # without a file to start from, all of it was trained, its design too
     trained = loaded is None and "applied" not in origin
     if trained or (loaded is not None and loaded["format"] in TUNED and not loaded["new"]):

@@ -30,7 +30,8 @@ TILE_FRAMES = 16
 class Estimate:
     """Bytes of one run, stage by stage; `free` is what the device has for it, None where that is not known.
 
-    `transformer`, `decode` and `decode_tiled` are activations. `offloaded`: one component at a time is on the device.
+    `transformer`, `decode` and `decode_tiled` are activations. `offloaded`: one component at a time is on the device, beside
+    those that `stay` there.
     """
 
     weights: Mapping[str, int]
@@ -39,6 +40,7 @@ class Estimate:
     decode_tiled: int
     free: int | None
     offloaded: bool = False
+    stay: tuple[str, ...] = ()
 
     @property
     def held(self) -> int:
@@ -49,8 +51,12 @@ class Estimate:
     def sampling(self) -> int:
         if not self.offloaded:
             return self.held + self.transformer
-        needs = {name: size + (self.transformer if name in TRANSFORMERS else 0) for name, size in self.weights.items()}
-        return max(needs.values(), default=0)
+        staying = sum(size for name, size in self.weights.items() if name in self.stay)
+        needs = [
+            (0 if name in self.stay else size) + (self.transformer if name in TRANSFORMERS else 0)
+            for name, size in self.weights.items()
+        ]
+        return staying + max(needs, default=0)
 
     @property
     def decoders(self) -> int:
@@ -76,8 +82,10 @@ def estimate(
     request: Request,
     device: torch.device,
     offloaded: bool = False,
+    stay: tuple[str, ...] = (),
 ) -> Estimate:
-    """Estimate a run: `elements` of weights per component in `size` bytes each, `activations` bytes of one forward."""
+    """Estimate a run: `elements` of weights per component in `size` bytes each, `activations` bytes of one forward; `stay`
+    names components that are not offloaded."""
     frames = request.frames if family.frames_at_once else min(request.frames, CAUSAL_FRAMES)
     pixel = ACTIVATIONS * family.channels * size
     whole = pixel * frames * request.width * request.height
@@ -85,7 +93,7 @@ def estimate(
     # the finished frames, fp32, and once more as they are written
     output = 2 * 12 * request.frames * request.width * request.height
     weights = {name: count * size for name, count in elements.items()}
-    return Estimate(weights, activations, whole + output, tile + output, free_bytes(device), offloaded)
+    return Estimate(weights, activations, whole + output, tile + output, free_bytes(device), offloaded, stay)
 
 
 def tiling(found: Estimate, wanted: str) -> tuple[bool, str]:

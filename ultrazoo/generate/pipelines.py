@@ -157,6 +157,18 @@ def _numel(shape: Any) -> int:
 DECODERS = ("vae", "audio_vae", "vocoder", "scheduler")
 
 
+def class_of(name: str) -> Any:
+    """The pipeline class `name` of diffusers. Raises UsageError where diffusers, or this class in it, is not there."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UsageError(f"diffusers cannot be imported ({error}); pip install 'ultrazoo[diffusers]'") from error
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise UsageError(f"diffusers {diffusers.__version__} has no {name}; upgrade it")
+    return found
+
+
 def open_pipeline(
     directory: str | Path, dtype: torch.dtype, *, decoders_only: bool = False, without: tuple[str, ...] = ()
 ) -> tuple[Any, Family]:
@@ -167,14 +179,10 @@ def open_pipeline(
     Raises UsageError with the cause when a component cannot be loaded.
     """
     family, index = described(directory)
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UsageError(f"diffusers cannot be imported ({error}); pip install 'ultrazoo[diffusers]'") from error
     name = index["_class_name"]
-    cls = getattr(diffusers, name, None)
-    if cls is None:
-        raise UsageError(f"diffusers {diffusers.__version__} has no {name}; upgrade it")
+    cls = class_of(name)
+    import diffusers
+
     # the argument was called torch_dtype before diffusers 0.42
     kind = {"dtype" if _version(diffusers.__version__) >= (0, 42) else "torch_dtype": dtype}
     left = [one for one in components(index) if (decoders_only and one not in DECODERS) or one in without]

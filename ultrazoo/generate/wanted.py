@@ -12,6 +12,7 @@ class Wanted:
     """What the caller asks for; None leaves it to the recipe, then to the pipeline.
 
     `offload`: only the model that is at work is on the GPU. `seed` None means 0, and any seed of saved latents.
+    `engines`: exported files that take the place of the transformer, one, or one for each phase of a step schedule.
     """
 
     prompt: str
@@ -30,6 +31,7 @@ class Wanted:
     latents: Path | None = None
     force: bool = False
     offload: bool = False
+    engines: tuple[Path, ...] = ()
 
     @property
     def saved(self) -> Path:
