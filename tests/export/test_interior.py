@@ -18,7 +18,7 @@ from ultrazoo.export.scores import is_flash, room
 from ultrazoo.export.sizes import Axis, bounds_of, inputs_at, proof_sizes, require_within, sizes_of
 from ultrazoo.grid import Grid
 from ultrazoo.kernels.door import Inputs
-from ultrazoo.kernels.sdpa import key_mask_as_channel
+from ultrazoo.kernels.sdpa import keys_as_channel
 from ultrazoo.ports import Port
 
 PORTS = (
@@ -155,7 +155,7 @@ def test_a_key_mask_as_a_channel_is_the_mask(dtype, allowed):
     scores = (q @ k.transpose(-2, -1) * 8**-0.5).masked_fill(~mask, float("-inf"))
     due = scores.softmax(-1) @ v
     given = Inputs(q.to(dtype), k.to(dtype), v.to(dtype), key_mask=mask)
-    found = key_mask_as_channel(given)
+    found = keys_as_channel(given)
     assert found.key_mask is None
     assert found.k.isfinite().all()
     assert found.v is given.v
@@ -164,6 +164,21 @@ def test_a_key_mask_as_a_channel_is_the_mask(dtype, allowed):
     # a mask that is not there is another answer
     open_ = torch.nn.functional.scaled_dot_product_attention(given.q, given.k, given.v)
     assert ratio(open_, due) > 0.05
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_weights_of_keys_as_a_channel_are_added_to_their_scores(heads, masked):
+    q, k, v = (torch.randn(2, 3, size, 8, dtype=torch.float64) * 3 for size in (5, 7, 7))
+    weight = torch.randn(2, heads, 1, 7, dtype=torch.float64) * 2
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    mask[..., 5:] = not masked
+    scores = (q @ k.transpose(-2, -1) * 8**-0.5 + weight).masked_fill(~mask, float("-inf"))
+    found = keys_as_channel(Inputs(q, k, v, key_mask=mask if masked else None, log_weight=weight))
+    assert found.key_mask is found.log_weight is None
+    got = torch.nn.functional.scaled_dot_product_attention(found.q, found.k, found.v, scale=found.scale)
+    assert ratio(got, scores.softmax(-1) @ v) <= 1e-12
+    assert ratio(torch.nn.functional.scaled_dot_product_attention(q, k, v), scores.softmax(-1) @ v) > 0.05
 
 
 def test_a_program_with_flash_attention_holds_nothing_that_grows_faster_than_tokens():

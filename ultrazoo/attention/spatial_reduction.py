@@ -213,6 +213,10 @@ class SpatialReductionAttention(Attention):
 
     def _adaptive_mean(self, z: Tensor) -> Tensor:
         spec: Any = self.spec
+        if self.traced:
+            # exporters write the pooling operator for the size that they see; (h, H) @ (…, H, C) holds at any
+            down, across = (_averaging(z.shape[2 + i], spec.places[i], z) for i in range(2))
+            return (down @ (across @ z).transpose(2, 3)).transpose(2, 3)
         frames = F.adaptive_avg_pool2d(z.flatten(0, 1).permute(0, 3, 1, 2), spec.places)
         return frames.permute(0, 2, 3, 1).unflatten(0, z.shape[:2])
 
@@ -223,10 +227,23 @@ class SpatialReductionAttention(Attention):
         axes = [torch.arange(grid[0], device=device, dtype=torch.float32)]
         for length, count in zip(grid[1:], spec.places, strict=True):
             index = torch.arange(count, device=device)
-            # average i is of tokens floor(i L / n) to ceil((i + 1) L / n), without the last
-            first, end = index * length // count, ((index + 1) * length + count - 1) // count
+            first, end = _averaged(length, count, device)
             axes.append(index.float() if spec.cell == "index" else (first + end - 1) / 2)
         return Positions(axes[0], axes[1], axes[2])
+
+
+def _averaged(length: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Average i of n is of tokens floor(i L / n) to ceil((i + 1) L / n), without the last: both ends (n,)."""
+    index = torch.arange(count, device=device)
+    return index * length // count, ((index + 1) * length + count - 1) // count
+
+
+def _averaging(length: int, count: int, like: Tensor) -> Tensor:
+    """The averages of an axis as a matrix (count, length); `length` may be symbolic."""
+    first, end = _averaged(length, count, like.device)
+    token = torch.arange(length, device=like.device)
+    inside = (token >= first[:, None]) & (token < end[:, None])
+    return inside.to(like.dtype) / (end - first)[:, None].to(like.dtype)
 
 
 SpatialReductionSpec.module = SpatialReductionAttention

@@ -36,8 +36,8 @@ class SdpaSpec(KernelSpec):
         if inputs.return_lse:
             out, lse = _FlashLse.apply(inputs.q, inputs.k, inputs.v, inputs.scale)  # type: ignore[no-untyped-call]
             return out, lse
-        if inputs.key_mask is not None and target() == "onnx":
-            inputs = key_mask_as_channel(inputs)
+        if target() == "onnx" and (inputs.key_mask is not None or inputs.log_weight is not None):
+            inputs = keys_as_channel(inputs)
         mask = additive(inputs)
         return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, mask, scale=inputs.scale), None
 
@@ -46,20 +46,29 @@ UNREAL = 1e4
 """How far below the others the score of a masked key is put where it stands in the keys themselves; fp16 can hold it."""
 
 
-def key_mask_as_channel(inputs: Inputs) -> Inputs:
-    """The same attention without `key_mask`: one more channel of q and k gives masked keys a score of -1e4.
+def keys_as_channel(inputs: Inputs) -> Inputs:
+    """The same attention without `key_mask` and `log_weight`: one more channel of q and k adds what a key has to its scores,
+    -1e4 for masked keys.
 
     The CPU operator of onnxruntime takes masks with a row per query only, which would be a tensor of queries by keys.
     """
-    assert inputs.key_mask is not None
-    q, k = inputs.q, inputs.k
-    channels = q.shape[-1]
-    scale = channels**-0.5 if inputs.scale is None else inputs.scale
-    # (B, 1, 1, Lk) → 0 for real keys, -UNREAL for masked ones (B, heads, Lk, 1)
-    scores = (inputs.key_mask.to(k.dtype) - 1) * UNREAL
-    row = scores.transpose(-1, -2).expand(-1, k.shape[1], -1, -1)
+    q, k, mask = inputs.q, inputs.k, inputs.key_mask
+    scale = q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
+    # (B, 1 | heads, 1, Lk)
+    if inputs.log_weight is None:
+        assert mask is not None
+        scores = (mask.to(k.dtype) - 1) * UNREAL
+    else:
+        scores = inputs.log_weight.to(k.dtype)
+        scores = scores if mask is None else scores.masked_fill(~mask, -UNREAL)
+    row = scores.transpose(-1, -2).expand(k.shape[0], k.shape[1], -1, -1)
     return replace(
-        inputs, q=F.pad(q, (0, 1), value=1 / scale), k=torch.cat([k, row], dim=-1), key_mask=None, scale=scale
+        inputs,
+        q=F.pad(q, (0, 1), value=1 / scale),
+        k=torch.cat([k, row], dim=-1),
+        key_mask=None,
+        log_weight=None,
+        scale=scale,
     )
 
 
