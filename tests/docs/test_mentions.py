@@ -64,7 +64,7 @@ def test_every_recipe_and_link_exists(file: str) -> None:
 
 
 def _dead_links(file: str, text: str) -> list[str]:
-    generated = ("reference/parts.md", "reference/commands.md", "gallery.md")
+    generated = ("reference/parts.md", "reference/commands.md", "gallery.md", "export-proofs.md")
     dead = []
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if target.startswith(("https://", "mailto:")) or target.endswith(generated):

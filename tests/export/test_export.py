@@ -115,7 +115,7 @@ def test_scores_are_told_by_what_ran(made):
 @pytest.fixture(scope="module")
 def model(saved):
     """The model behind the trained exports."""
-    return ultrazoo.from_premade(saved).eval()
+    return ultrazoo.from_pretrained(saved).eval()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -167,7 +167,7 @@ def test_a_schedule_is_one_file_per_phase(tmp_path):
     late = export(tmp_path / "model", "torchscript", tmp_path / "late", phase="3")
     assert (early.content["phase"], late.content["phase"]) == ([0, 1], [2, 3])
     assert early.content["weights"] == late.content["weights"]
-    scheduled = ultrazoo.from_premade(tmp_path / "model").eval()
+    scheduled = ultrazoo.from_pretrained(tmp_path / "model").eval()
     inputs = inputs_at(Engine(early.file).ports, {"b": 1, "t": 2, "h": 6, "w": 8, "text": 3}, torch.float32)
     answers = {name: Engine(tmp_path / name)(*inputs.values()) for name in ("early", "late")}
     for step, right, wrong in ((0, "early", "late"), (1, "early", "late"), (2, "late", "early"), (3, "late", "early")):

@@ -114,7 +114,8 @@ def changed(place: Path, exported: Give) -> Callable[..., Path]:
     """A copy of an exported file, with entries of its export.json changed."""
 
     def change(name: str, /, **entries: Any) -> Path:
-        copy = place / f"copy-of-{name.replace(' ', '-')}"
+        stem = f"copy-of-{name.replace(' ', '-')}"
+        copy = place / f"{stem}-{len(list(place.glob(stem + '*')))}"
         shutil.copytree(exported(name), copy)
         path = copy / EXPORTED
         content = json.loads(path.read_text())

@@ -133,6 +133,7 @@ def test_a_recipe_that_was_edited(capsys, wan, changed, exported):
     content = json.loads((exported("script") / EXPORTED).read_text())
     folder = changed("script", recipe={**content["recipe"], "video": {"grid": [3, 4, 5]}})
     refused(ran(capsys, wan, folder), "its recipe has hash", "the file was edited")
+    assert not Path("o.mp4").exists()
 
 
 def test_models_that_do_not_fit_the_pipeline(capsys, place, wan, exported):
