@@ -94,6 +94,8 @@ def test_the_wheel_has_its_recipes_inside_the_package(tmp_path: Path, monkeypatc
         ("tinny.yaml", "did you mean 'tiny.yaml'?"),
         ("ultragen4k", "did you mean 'ultragen_4k'?"),
         ("acme/nope", "no recipe is called"),
+        ("~nobody-0/nope.yaml", "no such file"),
+        ("~nobody-0", "no recipe is called"),
         ("sub", "is a directory"),
         ("sub.yaml", "is a directory"),
         ("binary.yaml", "not UTF-8"),

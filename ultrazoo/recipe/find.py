@@ -43,13 +43,21 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
+def at_home(path: str | Path) -> Path:
+    """A path with ``~`` and ``~user`` written out; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def find(source: str | Path, base: Path | None = None) -> Path:
     """The file behind a path or a recipe's name; relative paths are looked up in `base` (default: where we are).
 
     Raises RecipeError when there is none, with the near name.
     """
     given = str(source)
-    path = Path(source).expanduser()
+    path = at_home(source)
     if base is not None and not path.is_absolute():
         path = base / path
     if isinstance(source, Path) or given.endswith(SUFFIXES):

@@ -55,7 +55,7 @@ class Recipe:
         node = self.tree.get(section)
         mark = node.marks.get(key, Mark()) if isinstance(node, Map) else Mark()
         folder = Path(mark.file).parent if mark.line is not None and mark.file else Path()
-        return (folder / Path(path).expanduser()).absolute()
+        return (folder / find.at_home(path)).absolute()
 
 
 def load(source: str | Path | Mapping[str, Any], overriding: Sequence[str] = ()) -> Recipe:
