@@ -228,6 +228,8 @@ class AtlasvidAttention(Attention):
             pt, ph, pw = spec.coarse(Grid(t, h, w), call.extra.segments if call.extra is not None else ())
             far_k, far_v, far_valid = proxy.k, proxy.v, proxy.key_mask
             tokens = x.new_full((1, far_k.shape[1]), t * h * w / far_k.shape[1], dtype=wide_dtype(x.dtype))
+        # nothing reads the raw projections any more
+        del raw_q, raw_k, raw_v
         keys, values = [k, far_k], [v, far_v]
         valid = joined_valid(x, call.key_valid, far_valid, far_k.shape[1])
         always = 0

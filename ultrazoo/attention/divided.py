@@ -128,16 +128,21 @@ class DividedAttention(Attention):
         if valid is not None:
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
             valid = valid.unflatten(1, grid)
-        normed = self.temporal_norm(x)
-        q, k, v = (self.temporal[name](normed) for name in NAMES)
-        over_time, _, _ = self._attend((q, k, v), host, grid, valid, SAME_PLACE)
-        residual = self.temporal_fc(self.temporal_proj(over_time))  # (B, N, C)
+        residual = self.temporal_fc(self.temporal_proj(self._over_time(x, host, grid, valid)))  # (B, N, C)
         raw: Any = host.project(x + residual, "qkv")
         in_frame, k, v = self._attend(raw, host, grid, valid, SAME_FRAME, call.extra)
+        del raw
         y = host.out(in_frame) + residual
         if call.extra is None:
             return y
         return y, attend_extra(call.extra, k, v, call.key_valid, spec.kernel)
+
+    def _over_time(self, x: Tensor, host: Host, grid: tuple[int, int, int], valid: Tensor | None) -> Tensor:
+        """The temporal part before its output projection: (B, N, heads*D)."""
+        normed = self.temporal_norm(x)
+        q, k, v = (self.temporal[name](normed) for name in NAMES)
+        del normed
+        return self._attend((q, k, v), host, grid, valid, SAME_PLACE)[0]
 
     def _attend(
         self,

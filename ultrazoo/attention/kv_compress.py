@@ -175,8 +175,10 @@ class KvCompressAttention(Attention):
         places = grid_positions(grid, x.device)
         raw_q, raw_k, raw_v = host.project(x, "qkv")
         q, _, _ = host.heads(raw_q, None, None, places)
+        del raw_q
         # (B, N, heads, D), normed; not rotated before it is known where the compressed keys are
         _, k, v = host.heads(None, raw_k, raw_v, None)
+        del raw_k, raw_v
         assert q is not None and k is not None and v is not None
         if spec.mode == "uniform_every":
             step = spec.size[1]

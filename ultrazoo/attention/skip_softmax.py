@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import Problem
 from ..grid import Grid
 from ..kernels import attend
+from ..kernels.skip_softmax import SCORE_BYTES, TILE
 from ..ops.graphs import outside_graphs
 from ..spec import AttentionSpec, Cost, Rope, Site, Start, Traits, option
 from .contract import Attention, Call, Host, grid_positions, refuse_segments
@@ -57,7 +58,10 @@ class SkipSoftmaxAttentionSpec(AttentionSpec):
     def cost(self, site: Site) -> Cost:
         """Of full attention: what is skipped is known when it runs, and is less than half, as every pair is scored."""
         cost = dense_cost(site)
-        return replace(cost, pairs_min=cost.pairs // 2, pairs_max=cost.pairs)
+        # scores, their exponentials and what is kept of them, in fp32, which counts twice beside a 16-bit stream
+        held = 8 * min(SCORE_BYTES // 4, site.heads * site.tokens * TILE)
+        peak = cost.peak_elements + held
+        return replace(cost, pairs_min=cost.pairs // 2, pairs_max=cost.pairs, peak_elements=peak)
 
     def visible(self, site: Site, queries: Sequence[int] | None = None) -> np.ndarray:
         count = site.tokens if queries is None else len(queries)

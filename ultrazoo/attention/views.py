@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid
-from ..ops.boxes import AxisView, Boxes, fitted, visited
+from ..ops.boxes import AxisView, Boxes, fitted, largest_tile, visited
 from ..ops.graphs import constant_in_graphs
 from ..spec import AttentionSpec, BranchCost, Cost, Site
 from .boxed import Job, attend_boxes
@@ -55,10 +55,14 @@ class ViewsSpec(AttentionSpec):
         tokens, extra = site.tokens, site.extra_tokens
         # every query sees the extra keys, extra queries see everything
         more = extra * (2 * tokens + extra)
-        rows, pairs, total = [], 0, 0
+        rows, pairs, total, tile = [], 0, 0, 0
         for group in self.groups(site.grid, site.heads):
             heads = group.count(site)
-            computed = visited(fitted(*group.views)) + more
+            boxes = fitted(*group.views)
+            computed = visited(boxes) + more
+            queries, keys, mask = largest_tile(boxes)
+            # its mask is there as booleans, too
+            tile = max(tile, 2 * (queries + keys) * site.width + mask + mask // 2)
             pairs += heads * (math.prod(view.pairs for view in group.views) + more)
             total += heads * computed
             rows.append(BranchCost(group.name, computed, 4 * computed * heads * site.head_dim))
@@ -68,7 +72,8 @@ class ViewsSpec(AttentionSpec):
             attention_flops=sum(row.attention_flops for row in rows),
             qkv_flops=2 * tokens * site.dim * 3 * site.width,
             out_flops=2 * tokens * site.inner * site.dim,
-            peak_elements=5 * tokens * site.width,
+            # q, k, v and the output, q once more, and a tile of them all
+            peak_elements=5 * tokens * site.width + tile,
             # the input, q, k, v and the output; q and k once more before their norm
             saved_elements=(5 + 2 * site.qk_norm) * tokens * site.width,
             branches=tuple(rows),

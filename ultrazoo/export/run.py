@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import time
@@ -78,16 +79,16 @@ def export(
     target(to)
     model, plan = opened(source, overrides, dtype)
     ports, bounds, steps = checked(plan, wanted)
+    # what is made here is held by the writing alone, which lets go of it before the proof
+    return _write(_ready(model, source, plan, device, tell), plan, wanted, ports, bounds, steps, tell)
+
+
+def _ready(model: nn.Module | None, source: Any, plan: Plan, device: str | None, say: Say) -> nn.Module:
+    """The model that was given, or one made of its source; for evaluation."""
     if model is None:
-        tell(f"making {plan.name} ({plan.totals.parameters:,} parameters, {plan.resolved.dtype})")
+        say(f"making {plan.name} ({plan.totals.parameters:,} parameters, {plan.resolved.dtype})")
         model = made(source, plan, device)
-    model = model.eval()
-    # of the whole model: the phases of one schedule say the same of themselves
-    weights = weights_of(model)
-    if steps is not None:
-        keep_phase(model, steps)
-    require_sizes(model, bounds, plan)
-    return _write(model, plan, wanted, ports, bounds, steps, weights, tell)
+    return model.eval()
 
 
 def verify(path: str | os.PathLike[str], say: Say | None = None) -> Exported:
@@ -122,9 +123,13 @@ def _write(
     ports: tuple[Port, ...],
     bounds: Mapping[str, Axis],
     steps: tuple[int, int] | None,
-    weights: Mapping[str, Any],
     say: Say,
 ) -> Exported:
+    # of the whole model: the phases of one schedule say the same of themselves
+    weights = weights_of(model)
+    if steps is not None:
+        keep_phase(model, steps)
+    require_sizes(model, bounds, plan)
     cases = proof_sizes(bounds)
     dtype = assemble.DTYPES[plan.resolved.dtype]
     spent: dict[str, float] = {}
@@ -181,6 +186,9 @@ def _write(
                 "cases": [{"sizes": one} for one in cases],
             }
             lap("eager_s")
+            # the file has weights of its own: two copies at a time are enough
+            del job, model
+            gc.collect()
             # the fresh process reads what it is to prove
             write_bytes(folder / record.FILE, record.text(content))
             content = _proved(file, folder, content, say)

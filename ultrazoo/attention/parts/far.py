@@ -54,6 +54,10 @@ class FarSpec(Spec):
     def parameters(self, site: Site) -> int:
         return 0
 
+    def elements(self, site: Site) -> int:
+        """Elements of tensors as large as the output that live beside the near field's."""
+        return 0
+
     def exact_with_all(self) -> bool:
         """Does a fresh block equal full attention when every block is selected?"""
         return True
@@ -210,6 +214,10 @@ class CoarseSpec(FarSpec):
 
     def parameters(self, site: Site) -> int:
         return (site.dim + 1) * site.inner if self.learned else 0
+
+    def elements(self, site: Site) -> int:
+        # a row per token, its gate, and their product
+        return (3 if self.learned else 1) * site.tokens * site.inner
 
     def exact_with_all(self) -> bool:
         return self.gate == "linear"

@@ -94,6 +94,10 @@ class LinearFarSpec(FarSpec):
     def parameters(self, site: Site) -> int:
         return site.head_dim * (site.head_dim + 1) if self.join == "proj" else site.heads
 
+    def elements(self, site: Site) -> int:
+        # features of queries and keys
+        return 2 * site.tokens * site.inner
+
     def exact_with_all(self) -> bool:
         return self.join == "proj"
 
