@@ -9,31 +9,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ultrazoo.export.aoti_forms import loose_biases
+from ultrazoo.export.aoti_forms import onednn_linears
 from ultrazoo.testing import error_ratio
 
 
 class _Linears(nn.Module):
+    """A linear with a GELU behind it, one whose GELU is not all that reads it, and one without bias."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(6, 10), nn.Linear(10, 4, bias=False)
+        self.first, self.second, self.last = nn.Linear(6, 10), nn.Linear(10, 10), nn.Linear(10, 4, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(nn.functional.gelu(self.first(x)))  # type: ignore[no-any-return]
+        y = self.second(nn.functional.gelu(self.first(x), approximate="tanh"))
+        return self.last(nn.functional.gelu(y) + y)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 1), (torch.bfloat16, 0)])
-def test_biases_stand_beside_matmuls_of_full_precision(dtype: torch.dtype, count: int) -> None:
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 3), (torch.bfloat16, 0)])
+def test_linears_of_full_precision_are_onednn_s(dtype: torch.dtype, count: int) -> None:
     torch.manual_seed(0)
     model = _Linears().to(dtype)
     x = torch.randn(3, 5, 6, dtype=dtype)
     program = torch.export.export(model, (x,))
-    assert loose_biases(program) == count
-    linears = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
-    assert sum(len(node.args) == 3 and node.args[2] is not None for node in linears) == 1 - count
+    assert onednn_linears(program) == count
+    targets = Counter(node.target for node in program.graph.nodes)
+    assert targets[torch.ops.mkldnn._linear_pointwise.default] == count
+    assert targets[torch.ops.aten.linear.default] == 3 - count
+    assert targets[torch.ops.aten.gelu.default] == (1 if count else 2)
     found, due = program.module()(x), model(x)
     assert error_ratio(found, due) < 1e-6
-    assert error_ratio(due - model.first.bias.sum(), due) > 1e-2
+    assert error_ratio(nn.functional.gelu(due), due) > 1e-2
 
 
 class _Mixed(nn.Module):

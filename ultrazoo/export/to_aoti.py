@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aoti_forms import loose_biases
+from .aoti_forms import onednn_linears
 from .targets import STEM, Job
 
 SUFFIX = ".aoti.pt2"
@@ -41,7 +41,7 @@ def write(job: Job, folder: Path) -> Path:
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
     path = folder / f"{STEM}{SUFFIX}"
-    loose_biases(job.program)
+    onednn_linears(job.program)
     # what this machine's vector units can do is tried with a compiler, once for all exports
     valid_vec_isa_list()
     # the compiler's cache holds a copy of the weights; it goes with the run
