@@ -273,7 +273,9 @@ def _failure(file: Path, content: Mapping[str, Any]) -> str:
         f"{found['allowed']:g}"
     )
     if content["dtype"] == "bfloat16" and worst["ratio"] < 2 * found["allowed"]:
-        text += "; in bfloat16 the rounding of many layers alone may come to that: --dtype float16 rounds eight times finer"
+        text += (
+            "; in bfloat16 the rounding of many layers alone may come to that: --dtype float16 rounds eight times finer"
+        )
     return text
 
 
