@@ -11,7 +11,7 @@ def onednn_linears(program: ExportedProgram) -> int:
     """Give fp32 linears on a CPU to oneDNN, with the GELU behind them where nothing else reads what stands between; returns
     how many. None where torch was built without it.
 
-    The compiler calls the BLAS library for them, which on AMD's processors is slower by a sixth, and adds bias and GELU in
+    The compiler calls the BLAS library for them, which is slower on AMD's processors, and adds bias and GELU in
     passes of their own. In 16 bits torch's linear is oneDNN's already.
     """
     if not torch.backends.mkldnn.is_available():
