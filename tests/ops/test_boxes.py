@@ -169,3 +169,21 @@ def test_true_means() -> None:
     inside = valid[1, 2:, 2:4, 3:6]
     assert_close("masked", found[1, 1, 1, 1], x[1, 2:, 2:4, 3:6][inside].mean(0), 1e-14)
     assert counts.sum() == valid.sum()
+
+
+def test_a_gathered_tile_holds_its_keys_and_its_mask() -> None:
+    # one tile, nothing gathered
+    assert boxes.tile_elements(boxes.Boxes((4, 1, 1), ((whole_axis(4),), (whole_axis(1),), (whole_axis(1),))), 10) == 0
+    two = boxes.TileClass(((0, 1), (2, 3)), ((0, 1, 2), (1, 2, 3)))
+    assert (
+        boxes.tile_elements(boxes.Boxes((4, 1, 1), ((two,), (whole_axis(1),), (whole_axis(1),))), 10)
+        == 2 * (2 + 3) * 10
+    )
+    seen = two._replace(seen=((0, 2), (1, 3)))
+    found = boxes.tile_elements(boxes.Boxes((4, 1, 1), ((seen,), (whole_axis(1),), (whole_axis(1),))), 10)
+    assert found == 2 * (2 + 3) * 10 + 6 + 3
+
+
+def whole_axis(length: int) -> boxes.TileClass:
+    places = (tuple(range(length)),)
+    return boxes.TileClass(places, places)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import Problem, UsageError
 from ..grid import AXES, Grid
-from ..ops.boxes import Boxes, visited, windowed
+from ..ops.boxes import Boxes, tile_elements, visited, windowed
 from ..ops.graphs import constant_in_graphs
 from ..ops.pool import true_means
 from ..ops.precision import wide_dtype
@@ -151,16 +151,15 @@ class AtlasvidSpec(AttentionSpec):
         segment = coarse.tokens if isinstance(self.proxy, SegmentSpec) else 0
         others, tokens = site.extra_tokens - segment, site.tokens
         # other extra keys are seen by all, their queries see everything; those of the proxy see the proxy
-        pairs = (
-            visited(self.boxes(site.grid, coarse, site.rope)) + others * (2 * tokens + site.extra_tokens) + segment**2
-        )
+        boxes = self.boxes(site.grid, coarse, site.rope)
+        pairs = visited(boxes) + others * (2 * tokens + site.extra_tokens) + segment**2
         attention = 4 * pairs * site.inner
         return Cost(
             pairs=pairs,
             attention_flops=attention,
             qkv_flops=2 * tokens * site.dim * 3 * site.width,
             out_flops=2 * tokens * site.inner * site.dim,
-            peak_elements=7 * tokens * site.width,
+            peak_elements=7 * tokens * site.width + tile_elements(boxes, site.width),
             saved_elements=(7 + 2 * site.qk_norm) * tokens * site.width,
             branches=(BranchCost("windows and proxy", pairs, attention),),
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid
-from ..ops.boxes import AxisView, Boxes, fitted, largest_tile, visited
+from ..ops.boxes import AxisView, Boxes, fitted, tile_elements, visited
 from ..ops.graphs import constant_in_graphs
 from ..spec import AttentionSpec, BranchCost, Cost, Site
 from .boxed import Job, attend_boxes
@@ -60,9 +60,7 @@ class ViewsSpec(AttentionSpec):
             heads = group.count(site)
             boxes = fitted(*group.views)
             computed = visited(boxes) + more
-            queries, keys, mask = largest_tile(boxes)
-            # its mask is there as booleans, too
-            tile = max(tile, 2 * (queries + keys) * site.width + mask + mask // 2)
+            tile = max(tile, tile_elements(boxes, site.width))
             pairs += heads * (math.prod(view.pairs for view in group.views) + more)
             total += heads * computed
             rows.append(BranchCost(group.name, computed, 4 * computed * heads * site.head_dim))

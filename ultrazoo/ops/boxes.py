@@ -140,17 +140,19 @@ def visited(boxes: Boxes) -> int:
     return pairs
 
 
-def largest_tile(boxes: Boxes) -> tuple[int, int, int]:
-    """Queries and keys of a tile, at most, and the elements of its mask; all 0 where everything is one tile without a mask."""
+def tile_elements(boxes: Boxes, width: int) -> int:
+    """Elements of one tile where tiles are gathered, at most: queries, keys, values and output of `width`, and its mask."""
     masked = any(c.seen is not None for axis in boxes.axes for c in axis)
     if not masked and all(len(axis) == 1 and len(axis[0].queries) == 1 for axis in boxes.axes):
-        return 0, 0, 0
+        return 0
     queries, keys = (
         math.prod(max(len(getattr(c, name)[0]) for c in axis) for axis in boxes.axes) for name in ("queries", "keys")
     )
     if boxes.coarse is not None:
         keys += math.prod(max(len(c.cells[0]) for c in axis) for axis in boxes.axes)
-    return queries, keys, queries * keys if masked else 0
+    # the mask is there as booleans, too
+    mask = queries * keys if masked else 0
+    return 2 * (queries + keys) * width + mask + mask // 2
 
 
 def batches(boxes: Boxes) -> list[tuple[TileClass, TileClass, TileClass]]:
