@@ -66,8 +66,9 @@ def fewer_cost(
         out_flops=2 * tokens * site.inner * site.dim,
         other_flops=other,
         parameters=parameters,
-        # raw projections and what became of them, both of queries and of what is projected at full resolution
-        peak_elements=(2 + qkv) * tokens * width + 4 * keys * width,
+        # raw projections and what became of them, both of queries and of what is projected at full resolution; the smaller
+        # map, its norm, and keys and values before and after
+        peak_elements=(2 + qkv) * tokens * width + 6 * keys * width,
         # the input, the host's projections (once more before a norm), the output; compressed keys before and after
         saved_elements=(2 + qkv + 2 * site.qk_norm) * tokens * width + 4 * keys * width + tokens * site.heads,
         branches=(BranchCost(name, pairs, attention, qkv * one + projections, other, parameters),),
