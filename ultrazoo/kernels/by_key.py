@@ -1,8 +1,10 @@
 """Block-sparse attention of single queries: one key block at a time, with the queries that chose it.
 
-Where every query has a list of its own, gathering its keys moves more than it computes. Here the keys of a block stay where
-they are and meet their queries in one matmul; sums over blocks are kept under a running maximum, the backward makes the
-weights again from the log-sum-exp (Dao et al., arXiv 2205.14135; by key block as in MoBA, arXiv 2502.13189).
+Where every query has a list of its own, gathering its keys moves more than it computes. Here the queries that chose a block
+are gathered and meet its keys in dense attention; a query's answers are then summed with the weights that their log-sum-exps
+give (as in MoBA, arXiv 2502.13189). The backward makes the weights again from the log-sum-exp (Dao et al., arXiv 2205.14135).
+
+Queries are handled in pieces of bounded memory, in which blocks that as many queries chose stand side by side.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.blocks import Blocks
-from .block_map import BlockMap, row_lists
+from ..ops.blocks import Blocks, padded
+from .block_map import BlockMap
 from .door import Inputs, KernelSpec
+from .gathered import dense, key_bias
 
-GROUP_BYTES = {"cpu": 1, "cuda": 1 << 29}
-"""Bytes of scores of several heads made at a time, per kind of device; on a CPU one head is enough."""
-SPREAD = 1.5
+PIECE_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
+"""Bytes of answers that wait for their sum, per kind of device."""
+GROUP_BYTES = {"cpu": 2 << 20, "cuda": 1 << 29}
+"""Bytes of gathered queries and scores made at a time, per kind of device."""
+SPREAD = 1.15
 """Numbers of queries in one group differ by at most this factor: missing ones are filled and left out."""
 
 
@@ -47,121 +53,165 @@ class ByKeySpec(KernelSpec):
     @torch.compiler.disable
     def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
-        mask = None if inputs.key_mask is None else inputs.key_mask[:, :, 0].expand(*inputs.k.shape[:3]).flatten(0, 1)
-        out, lse = _ByKey.apply(inputs.q, inputs.k, inputs.v, mask, inputs.block_map, scale)  # type: ignore[no-untyped-call]
+        blocks = inputs.block_map.keys
+        k, v = padded(inputs.k, blocks), padded(inputs.v, blocks)
+        out, lse = _ByKey.apply(inputs.q, k, v, key_bias(inputs), inputs.block_map, scale)  # type: ignore[no-untyped-call]
         return out, lse if inputs.return_lse else None
 
 
 @dataclass
-class _Meeting:
-    """A key block of some (batch, head) pairs and its queries.
+class _Group:
+    """Key blocks that about as many queries chose.
 
-    `pairs` (g,), `keys`: the block's tokens, `at` (g * width,): rows of queries, one past the last where there is none.
+    `blocks` (g,): rows of keys, over batch and heads; `queries` (g, width): rows of queries, over batch and heads;
+    `real` bool (g, width), None where all are: which are not there to fill up; `slots`: where their answers stand in the piece.
     """
 
-    pairs: Tensor
-    keys: slice
-    at: Tensor
-    width: int
+    blocks: Tensor
+    queries: Tensor
+    real: Tensor | None
+    slots: slice
 
 
-def _meetings(block_map: BlockMap, batch: int, heads: int, row_bytes: int) -> Iterator[_Meeting]:
-    """Every key block with the queries that chose it; within one meeting no query comes twice."""
-    blocks, rows = block_map.keys, block_map.queries.count + 1
-    most = GROUP_BYTES.get(block_map.device.type, 1 << 28)
+@dataclass
+class _Piece:
+    """Some queries with all the blocks they chose: choice i is of row `row[i]` and answered in slot ``slot[i]``."""
+
+    rows: slice
+    row: Tensor
+    slot: Tensor
+    offsets: Tensor
+    slots: int
+    groups: list[_Group]
+
+    def summed(self, answers: Tensor, weights: Tensor | None) -> Tensor:
+        """(slots, D) → (rows, D): every row's answers, weighed."""
+        return F.embedding_bag(self.slot, answers, self.offsets, mode="sum", per_sample_weights=weights)
+
+
+def _pieces(block_map: BlockMap, batch: int, heads: int, dim: int) -> Iterator[_Piece]:
+    """Every query that chose a block, in pieces of bounded memory."""
+    most = PIECE_BYTES.get(block_map.device.type, 1 << 28) // (4 * dim)
     for lo, hi in block_map.chunks():
-        lists = row_lists(block_map.rows(lo, hi).transpose(-1, -2), batch, heads)
-        counts = lists.counts.view(batch * heads, blocks.count)
-        order = counts.argsort(dim=0, descending=True, stable=True)
-        table = counts.gather(0, order).t().tolist()
-        for block, numbers in enumerate(table):
-            keys = slice(blocks.starts[block], blocks.starts[block + 1])
-            start, end = 0, sum(number > 0 for number in numbers)
-            while start < end:
-                width = numbers[start]
-                room = max(1, most // (width * (keys.stop - keys.start) * row_bytes))
-                stop = start + 1
-                while stop < end and stop - start < room and numbers[stop] * SPREAD >= width:
-                    stop += 1
-                pairs = order[start:stop, block]
-                found, real = lists.table(pairs * blocks.count + block, width)
-                at = torch.where(real, found + lo, rows - 1) + pairs[:, None] * rows
-                yield _Meeting(pairs, keys, at.flatten(), width)
+        chosen = block_map.rows(lo, hi).expand(batch, heads, -1, -1)
+        for pair in range(batch * heads):
+            mine = chosen[pair // heads, pair % heads]
+            counts = mine.sum(-1)
+            ends = counts.cumsum(0)
+            start = 0
+            while start < hi - lo:
+                before = int(ends[start - 1]) if start else 0
+                stop = max(start + 1, int(torch.searchsorted(ends, before + most, right=True)))
+                if int(ends[stop - 1]) > before:
+                    first = pair * block_map.queries.count + lo + start
+                    yield _piece(mine[start:stop], counts[start:stop], first, pair, dim)
                 start = stop
 
 
-def _with_spare(z: Tensor) -> Tensor:
-    """(B, heads, N, …) → (B * heads * (N + 1), …): a row of zeros behind every head's."""
-    return torch.cat([z, z.new_zeros(*z.shape[:2], 1, *z.shape[3:])], dim=2).flatten(0, 2)
+def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _Piece:
+    """Bool (rows, blocks) of the queries from row `first` on, which belong to one pair of sample and head."""
+    rows, blocks = chosen.shape
+    row, block = chosen.nonzero().unbind(1)
+    numbers = chosen.sum(0)
+    by_number = numbers.argsort(descending=True, stable=True)
+    sizes = numbers[by_number].tolist()
+    spans = _spans(sizes, max(1, GROUP_BYTES.get(chosen.device.type, 1 << 28) // (4 * dim)))
+    # the first slot of each block's answers; the choices of a block, in the order of its queries, follow it
+    begins, slots = [0] * blocks, 0
+    for lo, hi in spans:
+        begins[lo:hi] = range(slots, slots + (hi - lo) * sizes[lo], sizes[lo])
+        slots += (hi - lo) * sizes[lo]
+    begin = torch.empty_like(numbers).index_copy_(0, by_number, torch.tensor(begins, device=row.device))
+    order = block.argsort(stable=True)
+    nth = torch.arange(len(row), device=row.device) - (numbers.cumsum(0) - numbers)[block[order]]
+    slot = torch.empty_like(row).index_copy_(0, order, begin[block[order]] + nth)
+    queries = torch.full((slots,), -1, dtype=torch.int64, device=row.device).index_copy_(0, slot, row + first)
+    groups = []
+    for lo, hi in spans:
+        stand = slice(begins[lo], begins[lo] + (hi - lo) * sizes[lo])
+        some = queries[stand].view(hi - lo, sizes[lo])
+        real = None if sizes[hi - 1] == sizes[lo] else some >= 0
+        groups.append(_Group(by_number[lo:hi] + pair * blocks, some.clamp(min=first), real, stand))
+    return _Piece(slice(first, first + rows), row, slot, counts.cumsum(0) - counts, slots, groups)
 
 
-def _without_spare(z: Tensor, batch: int, heads: int) -> Tensor:
-    return z.unflatten(0, (batch, heads, -1))[:, :, :-1]
+def _spans(sizes: list[int], most: int) -> list[tuple[int, int]]:
+    """Descending numbers of queries → ranges of blocks that make groups: none is empty, about `most` queries in each."""
+    found, lo, end = [], 0, sum(size > 0 for size in sizes)
+    while lo < end:
+        hi = lo + 1
+        while hi < end and (hi - lo + 1) * sizes[lo] <= most and sizes[hi] * SPREAD >= sizes[lo]:
+            hi += 1
+        found.append((lo, hi))
+        lo = hi
+    return found
 
 
 class _ByKey(torch.autograd.Function):
-    """q (B, heads, N, D), k and v (B, heads, M, D), mask (B * heads, M) → output and log-sum-exp (B, heads, N)."""
+    """q (B, heads, N, D), padded k and v (B, heads, Gk, bk, D), bias (B, heads | 1, Gk, bk) → output, lse (B, heads, N)."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block_map: BlockMap, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, block_map: BlockMap, scale: float
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
-        batch, heads = q.shape[:2]
-        queries, keys, values = _with_spare(q), k.flatten(0, 1), v.flatten(0, 1)
-        total = torch.zeros(queries.shape[0], 1, device=q.device, dtype=wide)
-        top, sums = torch.full_like(total, float("-inf")), total.new_zeros(total.shape[0], v.shape[-1])
-        for one in _meetings(block_map, batch, heads, total.element_size()):
-            scores = _scores(one, queries, keys, mask, scale)
-            before = top.index_select(0, one.at)
-            now = torch.maximum(before, scores.amax(-1).flatten()[:, None])
-            level = now.masked_fill(now == float("-inf"), 0.0)
-            weights = scores.sub_(level.view(*scores.shape[:2], 1)).exp_()
-            less = (before - level).exp_()
-            added = torch.bmm(weights, values[one.pairs, one.keys].to(wide)).flatten(0, 1)
-            total.index_copy_(0, one.at, total.index_select(0, one.at).mul_(less).add_(weights.sum(-1).view(-1, 1)))
-            sums.index_copy_(0, one.at, sums.index_select(0, one.at).mul_(less).add_(added))
-            top.index_copy_(0, one.at, now)
-        # no key at all: zeros and minus infinity
-        out = sums.div_(total.clamp(min=torch.finfo(wide).tiny))
-        lse = _without_spare((top + total.log())[:, 0], batch, heads).contiguous()
-        out = _without_spare(out, batch, heads).to(q.dtype).contiguous()
-        ctx.save_for_backward(q, k, v, mask, out, lse)
+        queries, keys, values = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+        out = torch.zeros(len(queries), v.shape[-1], device=q.device, dtype=q.dtype)
+        lse = torch.full(queries.shape[:1], float("-inf"), device=q.device, dtype=wide)
+        for piece in _pieces(block_map, *q.shape[:2], q.shape[-1]):
+            answers = queries.new_empty(piece.slots, v.shape[-1], dtype=wide)
+            norms = queries.new_empty(piece.slots, dtype=wide)
+            for group in piece.groups:
+                mine = queries.index_select(0, group.queries.flatten()).view(*group.queries.shape, -1)
+                found, norm = dense(mine, keys[group.blocks], values[group.blocks], _bias_of(bias, group, k), scale)
+                answers[group.slots], norms[group.slots] = found.flatten(0, 1), norm.flatten()
+            norm = norms[piece.slot]
+            top = lse[piece.rows].scatter_reduce(0, piece.row, norm, "amax")
+            level = top.masked_fill(top == float("-inf"), 0.0)
+            weights = (norm - level[piece.row]).exp()
+            total = torch.zeros_like(top).index_add_(0, piece.row, weights)
+            lse[piece.rows] = level + total.log()
+            weights /= total.clamp(min=torch.finfo(wide).tiny)[piece.row]
+            out[piece.rows] = piece.summed(answers, weights).to(q.dtype)
+        out, lse = out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
+        ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.block_map, ctx.scale = block_map, scale
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, out, lse = ctx.saved_tensors
+        q, k, v, bias, out, lse = ctx.saved_tensors
         grad_out, grad_lse = grads
-        wide, (batch, heads) = lse.dtype, q.shape[:2]
-        queries, keys, values, given = _with_spare(q), k.flatten(0, 1), v.flatten(0, 1), _with_spare(grad_out)
-        # rows without keys have no weights: any finite number does
-        norms = _with_spare(lse.masked_fill(lse == float("-inf"), 0.0))
-        along = _with_spare((grad_out.to(wide) * out.to(wide)).sum(-1) - grad_lse)
-        d_q = torch.zeros_like(queries, dtype=wide)
+        wide = lse.dtype
+        queries, keys, values, given = (z.flatten(0, 2) for z in (q, k, v, grad_out))
+        norms = lse.masked_fill(lse == float("-inf"), 0.0).flatten()
+        along = ((grad_out.to(wide) * out.to(wide)).sum(-1) - grad_lse).flatten()
+        d_q = torch.zeros(queries.shape, device=q.device, dtype=wide)
         d_k, d_v = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
-        for one in _meetings(ctx.block_map, batch, heads, lse.element_size()):
-            scores = _scores(one, queries, keys, mask, ctx.scale)
-            shape = (*scores.shape[:2], -1)
-            weights = scores.sub_(norms.index_select(0, one.at).view(*shape)).exp_()
-            mine, g_out = (z.index_select(0, one.at).view(*shape).to(wide) for z in (queries, given))
-            if one.pairs.numel() > 1:
-                # rows that fill up a shorter list are nobody's
-                spare = (one.at + 1) % (q.shape[2] + 1) == 0
-                weights = weights.masked_fill(spare.view(*shape), 0.0)
-            back = torch.bmm(g_out, values[one.pairs, one.keys].to(wide).transpose(1, 2))
-            d_scores = weights * (back - along.index_select(0, one.at).view(*shape)) * ctx.scale
-            d_q.index_add_(0, one.at, torch.bmm(d_scores, keys[one.pairs, one.keys].to(wide)).flatten(0, 1))
-            d_k[one.pairs, one.keys] += torch.bmm(d_scores.transpose(1, 2), mine)
-            d_v[one.pairs, one.keys] += torch.bmm(weights.transpose(1, 2), g_out)
-        d_q = _without_spare(d_q, batch, heads)
-        return d_q.to(q.dtype), d_k.view_as(k).to(k.dtype), d_v.view_as(v).to(v.dtype), None, None, None
+        for piece in _pieces(ctx.block_map, *q.shape[:2], q.shape[-1]):
+            parts = queries.new_empty(piece.slots, q.shape[-1], dtype=wide)
+            for group in piece.groups:
+                at, shape = group.queries.flatten(), (*group.queries.shape, -1)
+                mine, g_out = (z.index_select(0, at).view(*shape).to(wide) for z in (queries, given))
+                theirs, their_values = keys[group.blocks].to(wide), values[group.blocks].to(wide)
+                scores = torch.bmm(mine * ctx.scale, theirs.transpose(1, 2))
+                added = _bias_of(bias, group, k)
+                scores = scores if added is None else scores.add_(added)
+                weights = scores.sub_(norms[at].view(*shape)).exp_()
+                if group.real is not None:
+                    weights = weights.masked_fill_(~group.real[..., None], 0.0)
+                d_scores = torch.bmm(g_out, their_values.transpose(1, 2)).sub_(along[at].view(*shape)).mul_(weights)
+                d_scores = d_scores.mul_(ctx.scale)
+                parts[group.slots] = torch.bmm(d_scores, theirs).flatten(0, 1)
+                d_k[group.blocks] += torch.bmm(d_scores.transpose(1, 2), mine)
+                d_v[group.blocks] += torch.bmm(weights.transpose(1, 2), g_out)
+            d_q[piece.rows] = piece.summed(parts, None)
+        d_q = d_q.view(q.shape).to(q.dtype)
+        return d_q, d_k.view(k.shape).to(k.dtype), d_v.view(v.shape).to(v.dtype), None, None, None
 
 
-def _scores(one: _Meeting, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(g, width, keys), fp32 or wider."""
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    mine = queries.index_select(0, one.at).to(wide).mul_(scale).view(len(one.pairs), one.width, -1)
-    found = torch.bmm(mine, keys[one.pairs, one.keys].to(wide).transpose(1, 2))
-    return found if mask is None else found.masked_fill_(~mask[one.pairs, one.keys].unsqueeze(1), float("-inf"))
+def _bias_of(bias: Tensor | None, group: _Group, k: Tensor) -> Tensor | None:
+    """(g, 1, keys) to add to the scores, None where there is nothing."""
+    if bias is None:
+        return None
+    return bias.expand(*k.shape[:4]).flatten(0, 2)[group.blocks].unsqueeze(1)

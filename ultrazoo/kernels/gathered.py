@@ -43,12 +43,12 @@ class GatheredSpec(KernelSpec):
         scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
         q = padded(inputs.q, block_map.queries)
         k, v = padded(inputs.k, block_map.keys), padded(inputs.v, block_map.keys)
-        out, lse = _Gathered.apply(q, k, v, _key_bias(inputs), block_map, scale)  # type: ignore[no-untyped-call]
+        out, lse = _Gathered.apply(q, k, v, key_bias(inputs), block_map, scale)  # type: ignore[no-untyped-call]
         y = unpadded(out, block_map.queries)
         return y, unpadded(lse, block_map.queries) if inputs.return_lse else None
 
 
-def _key_bias(inputs: Inputs) -> Tensor | None:
+def key_bias(inputs: Inputs) -> Tensor | None:
     """What is added to the scores of every key, (B, heads | 1, key blocks, largest); None where nothing is.
 
     Minus infinity where a key does not count: slots past a block's end, and keys that `key_mask` leaves out.
@@ -141,7 +141,7 @@ class _Flat:
         return bias.flatten(1).unsqueeze(1)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def dense(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of q (rows, m, D) over k, v (rows, n, D) with `added` (rows, 1, n) in the scores: output, lse (rows, m)."""
     if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
         mask = None if added is None else added.unsqueeze(1)
@@ -180,7 +180,7 @@ class _Gathered(torch.autograd.Function):
         flat = _Flat(k, v, bias)
         for group in _groups(block_map, k, v, q.shape[3]):
             place = (group.batch, group.head, group.block)
-            found, norm = _dense(q[place], *flat.keys(group, flat.rows(group)), flat.bias_of(group), scale)
+            found, norm = dense(q[place], *flat.keys(group, flat.rows(group)), flat.bias_of(group), scale)
             out[place] = found.to(out.dtype)
             lse[place] = norm
         ctx.save_for_backward(q, k, v, bias, out, lse)

@@ -217,7 +217,8 @@ class _Cut:
         prefix = torch.zeros(self.shape, dtype=torch.int64, device=self.device)
         for shift in range(self.bits - _DIGIT, -1, -_DIGIT):
             first = shift == self.bits - _DIGIT
-            numbers = torch.zeros(pairs * bins, dtype=torch.float64, device=self.device)
+            # one bin more, for what does not count
+            numbers = torch.zeros(pairs * bins + 1, dtype=torch.float64, device=self.device)
             weights = torch.zeros_like(numbers)
             for lo, hi in self.steps():
                 found, real, own = self.part(lo, hi)
@@ -228,13 +229,13 @@ class _Cut:
                 # the first digit has the sign
                 digit = (ordinal >> shift) + bins // 2 if first else (ordinal >> shift) & (bins - 1)
                 head = torch.arange(pairs, device=self.device).view(*self.shape, 1, 1) * bins
-                at = (head + digit)[some]
-                numbers += torch.bincount(at, minlength=pairs * bins)
+                at = torch.where(some, head + digit, pairs * bins).flatten()
+                numbers += torch.bincount(at, minlength=pairs * bins + 1)
                 if ends is not None:
-                    each = _between(found.double(), *ends)[some]
-                    weights += torch.bincount(at, weights=each, minlength=pairs * bins)
+                    each = _between(found.double(), *ends).masked_fill_(~some, 0.0).flatten()
+                    weights += torch.bincount(at, weights=each, minlength=pairs * bins + 1)
             count, weight = (
-                z.view(*self.shape, bins).flip(-1) for z in (numbers, numbers if ends is None else weights)
+                z[:-1].view(*self.shape, bins).flip(-1) for z in (numbers, numbers if ends is None else weights)
             )
             above = weight.cumsum(-1)
             enough = (above >= need[..., None]) & (count > 0)
