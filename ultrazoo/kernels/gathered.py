@@ -175,7 +175,7 @@ class _Gathered(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, block_map: BlockMap, scale: float
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros(*q.shape[:4], v.shape[-1])
+        out = q.new_empty(*q.shape[:4], v.shape[-1])
         lse = torch.full(q.shape[:4], float("-inf"), device=q.device, dtype=wide)
         flat = _Flat(k, v, bias)
         for group in _groups(block_map, k, v, q.shape[3]):
@@ -183,6 +183,9 @@ class _Gathered(torch.autograd.Function):
             found, norm = dense(q[place], *flat.keys(group, flat.rows(group)), flat.bias_of(group), scale)
             out[place] = found.to(out.dtype)
             lse[place] = norm
+        # rows without any key
+        if (none := lse == float("-inf")).any():
+            out[none] = 0
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.block_map, ctx.scale = block_map, scale
         return out, lse

@@ -141,14 +141,14 @@ class _Linear(nn.Module):
             given = (scene.q[:, :, tokens], scene.k, scene.v)
             found = checkpoint(far, *given, use_reentrant=False) if learns else far(*given)
             parts.append(self._join(near[:, :, tokens], found).to(near.dtype))
-        return torch.cat(parts, dim=2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _join(self, near: Tensor, far: Tensor) -> Tensor:
         """fp32 or wider, whatever the parameters are in."""
         if self.spec.join == "proj":
             return near + (far @ self.proj.weight.to(far.dtype).T + self.proj.bias.to(far.dtype))
         alpha = self.alpha.to(far.dtype).sigmoid()[:, None, None]
-        return alpha * near + (1 - alpha) * far
+        return torch.lerp(far, near.to(far.dtype), alpha)
 
     def _centre(self, scene: Scene) -> Tensor:
         """The mean of all valid selectable keys, (B, heads, 1, D)."""
@@ -171,13 +171,13 @@ class _Linear(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sums of phi(k)^T v and of phi(k) over key blocks: (B, heads, D, Dv) and (B, heads, D, 1)."""
         batch, heads, _, dim = k.shape
-        state: Any = 0
-        weight: Any = 0
+        state = weight = None
         for lo, hi in state_steps(scene.place.keys, end, batch * heads, dim, k.device):
             features = self._features(scene, k, centre, lo, hi).flatten(2, 3)
             values = in_blocks(v, scene.place.keys, lo, hi).flatten(2, 3)
-            state = state + features.transpose(-1, -2) @ values
-            weight = weight + features.sum(2).unsqueeze(-1)
+            state = _plus(state, features.transpose(-1, -2) @ values)
+            weight = _plus(weight, features.sum(2).unsqueeze(-1))
+        assert state is not None and weight is not None
         return state, weight
 
     def _left(
@@ -196,15 +196,15 @@ class _Linear(nn.Module):
         step = max(1, CHOSEN // (batch * heads * scene.place.selectable))
         pieces = [self._weights(scene, block_map, at, min(at + step, hi)) for at in range(lo, hi, step)]
         left = torch.cat(pieces, dim=2).to(wide)
-        state: Any = 0
-        weight: Any = 0
+        state = weight = None
         for first, end in state_steps(scene.place.keys, scene.place.selectable, batch * heads, dim, k.device):
             features = self._features(scene, k, centre, first, end)
             values = in_blocks(v, scene.place.keys, first, end)
             share = left[..., first:end]
             states = (features.transpose(-1, -2) @ values).flatten(3)
-            state = state + share @ states
-            weight = weight + share @ features.sum(3)
+            state = _plus(state, share @ states)
+            weight = _plus(weight, share @ features.sum(3))
+        assert state is not None and weight is not None
         return state.unflatten(-1, (dim, -1)), weight.unsqueeze(-1)
 
     def _weights(self, scene: Scene, block_map: BlockMap | SoftMap, lo: int, hi: int) -> Tensor:
@@ -226,3 +226,7 @@ class _Linear(nn.Module):
         total = features @ weight
         found: Tensor = features @ state / torch.where(total > 0, total + self.spec.eps, torch.ones_like(total))
         return found
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
