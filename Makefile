@@ -18,7 +18,8 @@ DEMO := outputs/ultragen_4k
 
 # the interpreter of this machine is used as it is: nothing is downloaded behind the user's back
 export UV_PYTHON_DOWNLOADS := never
-INSTALL = $(UV) pip install --quiet --python $(BIN)/python --constraints constraints.txt --build-constraints constraints.txt
+# compiled at once: where Python is told to write no bytecode, every process would compile torch again
+INSTALL = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt --build-constraints constraints.txt
 
 .PHONY: help
 help: ## this list

@@ -11,7 +11,7 @@ from tests.export.conftest import IMAGE, small
 from ultrazoo.errors import UsageError
 from ultrazoo.export.interior import interior
 from ultrazoo.export.measured import measured
-from ultrazoo.export.program import program_of, share_sizes
+from ultrazoo.export.program import drop_idle, program_of, share_sizes
 from ultrazoo.export.proof import prepare, ratio, replaced, stand_ins, zeros_of
 from ultrazoo.export.quiet import quiet
 from ultrazoo.export.scores import is_flash, room
@@ -131,6 +131,27 @@ def test_what_follows_from_sizes_is_computed_once_and_nothing_else_is():
     for size in (2, 5, 9):
         other = torch.randn(2, size, 4)
         assert torch.equal(found.module()(other), Twice()(other))
+
+
+class Casts(nn.Module):
+    """Casts that do nothing, one that does, and a dtype that was asked for."""
+
+    def forward(self, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.to(wide).sin().to(torch.float32) + x.to(torch.float64).sum(-1, keepdim=True).to(x.dtype)
+
+
+def test_casts_that_do_nothing_go_and_the_others_stay():
+    x = torch.randn(2, 6, 4)
+    found = torch.export.export(Casts(), (x,), dynamic_shapes={"x": {1: torch.export.Dim("n", min=2)}})
+    before = len(found.graph.nodes)
+    gone = drop_idle(found)
+    names = [str(node.target) for node in found.graph.nodes]
+    assert before - len(names) == gone >= 3
+    assert names.count("aten.to.dtype") == 2
+    assert not {"aten._assert_tensor_metadata.default", "aten.promote_types.default"} & set(names)
+    other = torch.randn(2, 9, 4)
+    assert torch.equal(found.module()(other), Casts()(other))
 
 
 class Noise(nn.Module):

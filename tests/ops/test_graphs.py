@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ultrazoo.ops.graphs import constant_in_graphs, longer, outside_graphs
+from ultrazoo.ops.graphs import constant_in_graphs, longer, made_once, of_sizes, outside_graphs
 
 
 class Twice(nn.Module):
@@ -74,3 +74,53 @@ def test_the_longer_of_two_sizes_is_followed_by_a_tracer():
     for shape in ((2, 3), (5, 4), (1, 7)):
         assert traced(torch.zeros(shape)).item() == max(2 * shape[0], shape[1])
     assert longer(3, 4) == 4
+
+
+@of_sizes
+def thirds(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    at = torch.arange(length, device=device)
+    return at // 3, at % 3
+
+
+@of_sizes
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+class Layers(nn.Module):
+    """The same arithmetic of sizes for each of three layers; the last asks for another axis, of another size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with made_once():
+            for axis in (1, 1, 2):
+                whole, rest = thirds(x.shape[axis], x.device)
+                added = doubled(whole) + doubled(rest)
+                x = x + added.view(1, -1, 1) if axis == 1 else x + added
+            return x
+
+
+def test_layers_of_a_graph_share_what_follows_from_sizes() -> None:
+    x = torch.randn(2, 6, 5)
+    dims = {"x": {1: torch.export.Dim("n", min=2), 2: torch.export.Dim("m", min=2)}}
+    found = torch.export.export(Layers(), (x,), dynamic_shapes=dims)
+    names = [str(node.target) for node in found.graph.nodes]
+    # one for each axis, not one for each layer
+    assert names.count("aten.arange.default") == 2
+    assert names.count("aten.mul.Tensor") == 4
+    for n, m in ((2, 9), (7, 3), (6, 6)):
+        other = torch.randn(2, n, m)
+        assert torch.equal(found.module()(other), Layers()(other))
+
+
+def test_axes_of_one_length_at_tracing_stay_two() -> None:
+    dims = {"x": {1: torch.export.Dim("n", min=2), 2: torch.export.Dim("m", min=2)}}
+    found = torch.export.export(Layers(), (torch.randn(2, 4, 4),), dynamic_shapes=dims)
+    other = torch.randn(2, 5, 8)
+    assert torch.equal(found.module()(other), Layers()(other))
+
+
+def test_nothing_is_kept_outside_of_graphs() -> None:
+    with made_once():
+        one, again = (thirds(6, torch.device("cpu"))[0] for _ in range(2))
+    assert one is not again
+    assert torch.equal(one, again)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..grid import Grid
 from ..ops import partition, pool
-from ..ops.graphs import longer
+from ..ops.graphs import longer, of_sizes
 from ..ops.partition import AxisRule, Rectangle, axis_index
 from ..ops.runs import AxisCut
 from ..spec import Site
@@ -18,6 +18,7 @@ from .geometry import Geometry, axis_positions, geometry
 from .grouped import attend_cuts, attend_rules, slab_tokens
 from .parts.adapt import LoraSpec, OwnSpec, SharedSpec, adapted, base_projections, own_projections
 from .parts.compressors import LiftModule
+from .parts.coords import CoordsSpec
 
 if TYPE_CHECKING:
     from .branched import BranchSpec
@@ -238,26 +239,27 @@ class Branch(nn.Module):
         axes = []
         for axis in range(3):
             if place is None:
-                axes.append(self._traced_axis(self._rules()[axis], size[axis], cell[axis], tokens.device))
+                axes.append(_traced_axis(coords, self._rules()[axis], size[axis], cell[axis], tokens.device))
                 continue
             cut: AxisCut = (place.k_cuts if of_keys else place.q_cuts)[axis]
             values = axis_positions(cut, cell[axis], coords.origin, coords.cell)
             axes.append(torch.tensor(values, dtype=torch.float32, device=tokens.device))
         return Positions(axes[0], axes[1], axes[2], coords.rule, extent)
 
-    def _traced_axis(self, rule: AxisRule, length: int, factor: int, device: torch.device) -> Tensor:
-        coords = self.spec.coords
-        token = torch.arange(length, device=device)
-        places = token.to(torch.float32)
-        if coords.cell == "centre":
-            places = places * factor + (factor - 1) / 2
-        if coords.origin == "window":
-            index = axis_index(rule, length, device)
-            if index.gather is None:
-                return places - places[:1]
-            assert index.window is not None
-            places = places - places[index.gather[:, 0][index.window]]
-        return places
+
+@of_sizes
+def _traced_axis(coords: CoordsSpec, rule: AxisRule, length: int, factor: int, device: torch.device) -> Tensor:
+    """Coordinates of one axis of `length` tokens, each a cell of `factor` tokens; `length` may be symbolic."""
+    places = torch.arange(length, device=device).to(torch.float32)
+    if coords.cell == "centre":
+        places = places * factor + (factor - 1) / 2
+    if coords.origin == "window":
+        index = axis_index(rule, length, device)
+        if index.gather is None:
+            return places - places[:1]
+        assert index.window is not None
+        places = places - places[index.gather[:, 0][index.window]]
+    return places
 
 
 def _three(found: tuple[Tensor | None, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:

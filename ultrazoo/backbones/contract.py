@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import Problem, UsageError
 from ..grid import Grid
+from ..ops.graphs import made_once
 from ..spec import AttentionSpec, BackboneSpec
 from .ffn import GluMbConv
 from .layers import traced
@@ -71,9 +72,10 @@ class Backbone(nn.Module):
         if not traced():
             self.require(Grid(*grid))
         again = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer, block in enumerate(self.blocks):
-            call = self.session.call(layer, grid, timestep)
-            x = checkpoint(block, x, *rest, call, use_reentrant=False) if again else block(x, *rest, call)
+        with made_once():
+            for layer, block in enumerate(self.blocks):
+                call = self.session.call(layer, grid, timestep)
+                x = checkpoint(block, x, *rest, call, use_reentrant=False) if again else block(x, *rest, call)
         return x
 
     def enable_gradient_checkpointing(self) -> None:

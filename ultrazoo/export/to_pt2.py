@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -27,11 +30,34 @@ def write(job: Job, folder: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside the ``with`` block, equal strings are one expression of sympy's: torch's loader parses the few sizes of a model
+    again for every tensor, which takes most of its time (torch 2.15)."""
+    parse = sympy.sympify
+    known: dict[str, Any] = {}
+
+    @functools.wraps(parse)
+    def once(value: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(value, str):
+            return parse(value, *args, **kwargs)
+        if value not in known:
+            known[value] = parse(value, *args, **kwargs)
+        return known[value]
+
+    sympy.sympify = once
+    try:
+        yield
+    finally:
+        sympy.sympify = parse
+
+
 class Loaded:
     """An exported program, run by torch's interpreter."""
 
     def __init__(self, path: Path):
-        self.module = torch.export.load(path).module()
+        with _parsed_once():
+            self.module = torch.export.load(path).module()
         self.seen: list[str] = []
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:

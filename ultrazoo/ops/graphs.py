@@ -5,8 +5,10 @@ torch's own decorators import the compiler where they are written, which took a 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -48,3 +50,48 @@ def constant_in_graphs(function: Callable[P, R]) -> Callable[P, R]:
     # all that torch's own does; a test holds the two together
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+_MADE: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("ultrazoo_made_of_sizes", default=None)
+
+
+@contextlib.contextmanager
+def made_once() -> Iterator[None]:
+    """Inside the ``with`` block, where an exporter follows, functions that are `of_sizes` make each result once: layers of
+    a model share index arrays and rotary tables, which halves what is traced. One forward, one block."""
+    if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    token = _MADE.set({})
+    try:
+        yield
+    finally:
+        _MADE.reset(token)
+
+
+def of_sizes(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose result follows from its arguments alone, tensors by identity; see `made_once`."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        made = None if torch.compiler.is_dynamo_compiling() else _MADE.get()
+        if made is None:
+            return function(*args, **kwargs)
+        key = (function, _key(args), _key(tuple(sorted(kwargs.items()))))
+        if key not in made:
+            # arguments are kept too, so that an identity stays one
+            made[key] = function(*args, **kwargs), args, kwargs
+        return made[key][0]  # type: ignore[no-any-return]
+
+    return call
+
+
+def _key(value: Any) -> Any:
+    """Equal for equal arguments of a call in one graph; symbolic sizes by their expression."""
+    if isinstance(value, torch.SymInt):
+        return ("size", str(value.node.expr))
+    if isinstance(value, torch.Tensor):
+        return ("tensor", id(value))
+    if isinstance(value, tuple | list):
+        return tuple(_key(one) for one in value)
+    return (type(value), value)

@@ -12,11 +12,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .graphs import of_sizes
 from .runs import AxisCut, Span, in_parts
 
 Cuts = tuple[AxisCut, AxisCut, AxisCut]
@@ -126,8 +127,7 @@ class AxisRule:
     shift: int = 0
 
 
-@dataclass
-class AxisIndex:
+class AxisIndex(NamedTuple):
     """Index arrays of one axis: `gather` (windows, slots) tokens, `valid` the same shape, and for each token its
     `window` and `slot`. All None for an axis in one window."""
 
@@ -137,6 +137,7 @@ class AxisIndex:
     slot: Tensor | None = None
 
 
+@of_sizes
 def axis_index(rule: AxisRule, length: int, device: torch.device) -> AxisIndex:
     """Index arrays of one axis; `length` may be symbolic. Shapes: gather and valid (windows, slots), rest (length,)."""
     if rule.kind == "whole" or (rule.kind in ("counts", "strided") and rule.number == 1):
@@ -185,6 +186,7 @@ def indices(rules: Sequence[AxisRule], grid: Sequence[int], device: torch.device
     return (t, h, w)
 
 
+@of_sizes
 def tokens_of_slots(axes: Indices, grid: Sequence[int], device: torch.device) -> Tensor:
     """The token that each slot of each window holds: (windows, slots), windows and slots in t, h, w order.
 
@@ -199,6 +201,7 @@ def tokens_of_slots(axes: Indices, grid: Sequence[int], device: torch.device) ->
     return _flat(at, axes)
 
 
+@of_sizes
 def slots_of_tokens(axes: Indices, grid: Sequence[int], device: torch.device) -> Tensor:
     """For each token its place among all windows' slots, as `tokens_of_slots` orders them: (N,)."""
     windows, slots = [], []
@@ -239,6 +242,7 @@ def gathered_heads(z: Tensor, axes: Indices) -> Tensor:
     return z.flatten(1, 3)[:, at].transpose(2, 3).flatten(0, 1)
 
 
+@of_sizes
 def gathered_mask(axes: Indices, grid: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
     """Which gathered slots are real: (B*windows, slots), None where every one is."""
     if all(index.valid is None for index in axes):

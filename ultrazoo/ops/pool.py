@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .graphs import followed
+from .graphs import followed, of_sizes
 
 Cell = tuple[int, int, int]
 Ragged = Literal["exact", "resize"]
@@ -92,22 +92,28 @@ def conv_cells(
 
 def _conv_gathered(x: Tensor, taps: Tensor, bias: Tensor, cell: Cell, ragged: Ragged) -> Tensor:
     """The same by one gather of tokens: (B, cells, tokens of a cell, C), weighed and summed; sizes may be symbolic."""
-    at: Tensor | None = None
-    sizes = []
-    for axis, factor in enumerate(cell):
-        length = x.shape[1 + axis]
-        count = coarse_size(length, factor, ragged)
-        index = torch.arange(count, device=x.device)[:, None] * factor + torch.arange(factor, device=x.device)
-        index = index.clamp(max=length - 1)
-        # (n, f) after (cells so far, tokens so far) → (cells, tokens)
-        at = index if at is None else (at[:, None, :, None] * length + index[:, None]).flatten(2, 3).flatten(0, 1)
-        sizes.append(count)
-    assert at is not None
+    grid = x.shape[1:4]
+    at = _tokens_of_cells(tuple(grid), cell, ragged, x.device)
     # fp32 inside for 16 bits, as a convolution adds
     wide = torch.promote_types(x.dtype, torch.float32)
     weights = taps.flatten(1).transpose(0, 1).to(wide)
     sums = (x.flatten(1, 3)[:, at].to(wide) * weights).sum(dim=2) + bias.to(wide)
-    return sums.to(x.dtype).unflatten(1, tuple(sizes))
+    sizes = tuple(coarse_size(length, factor, ragged) for length, factor in zip(grid, cell, strict=True))
+    return sums.to(x.dtype).unflatten(1, sizes)
+
+
+@of_sizes
+def _tokens_of_cells(grid: Sequence[int], cell: Cell, ragged: Ragged, device: torch.device) -> Tensor:
+    """The tokens of every cell, edge tokens repeated: (cells, tokens of a cell)."""
+    at: Tensor | None = None
+    for length, factor in zip(grid, cell, strict=True):
+        count = coarse_size(length, factor, ragged)
+        index = torch.arange(count, device=device)[:, None] * factor + torch.arange(factor, device=device)
+        index = index.clamp(max=length - 1)
+        # (n, f) after (cells so far, tokens so far) → (cells, tokens)
+        at = index if at is None else (at[:, None, :, None] * length + index[:, None]).flatten(2, 3).flatten(0, 1)
+    assert at is not None
+    return at
 
 
 def _conv_cells_2d(x: Tensor, weight: Tensor, bias: Tensor, cell: Cell, ragged: Ragged) -> Tensor:
@@ -153,18 +159,22 @@ def lift(
 
 def _lift_axis(x: Tensor, dim: int, factor: int, length: int, mode: str) -> Tensor:
     """One axis by two gathers and a lerp; `length` may be symbolic."""
-    count = x.shape[dim]
-    token = torch.arange(length, device=x.device)
     if mode == "nearest":
-        return x.index_select(dim, token // factor)
-    at = ((token + 0.5) / factor - 0.5).clamp(min=0)
-    low = at.floor()
-    part = (at - low).to(x.dtype)
-    low = low.to(torch.long).clamp(max=count - 1)
-    high = (low + 1).clamp(max=count - 1)
+        return x.index_select(dim, torch.arange(length, device=x.device) // factor)
+    low, high, part = _beside(length, x.shape[dim], factor, x.device)
     shape = [1] * x.dim()
     shape[dim] = -1
-    return torch.lerp(x.index_select(dim, low), x.index_select(dim, high), part.reshape(shape))
+    return torch.lerp(x.index_select(dim, low), x.index_select(dim, high), part.to(x.dtype).reshape(shape))
+
+
+@of_sizes
+def _beside(length: int, count: int, factor: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of `length` tokens the two of `count` cells it lies between, and the share of the second."""
+    at = ((torch.arange(length, device=device) + 0.5) / factor - 0.5).clamp(min=0)
+    low = at.floor()
+    part = at - low
+    low = low.to(torch.long).clamp(max=count - 1)
+    return low, (low + 1).clamp(max=count - 1), part
 
 
 def resize(x: Tensor, size: Sequence[int], mode: Literal["nearest", "bilinear"] = "bilinear") -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Rope
-from .graphs import followed
+from .graphs import followed, of_sizes
 
 TABLE_BYTES = 1 << 17
 """Most bytes of a combined table of one chunk of tokens, in the eager path on a CPU (32 times that elsewhere)."""
@@ -77,6 +77,7 @@ class AxisTable(NamedTuple):
     magnitude: Tensor | None = None
 
 
+@of_sizes
 def axis_table(
     positions: Tensor, channels: int, base: float, rule: str = "none", trained: int = 0, length: int = 0
 ) -> AxisTable:
@@ -155,13 +156,8 @@ def _combined(parts: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
 
 
 def _rotate_traced(z: Tensor, axes: list[AxisTable], rope: Rope) -> Tensor:
-    grid = [axis.angles.shape[0] for axis in axes]
     wide = z.dtype if z.dtype == torch.float64 else torch.float32
-    turn = _combined([axis.angles.to(wide) for axis in axes], grid).flatten(0, 2)[:, None]
-    cos, sin = turn.cos(), turn.sin()
-    if any(axis.magnitude is not None for axis in axes):
-        scale = torch.cat([_magnitude(axis.magnitude, axis.angles[0]) for axis in axes]).to(wide)
-        cos, sin = cos * scale, sin * scale
+    cos, sin = _cos_sin(axes, wide)
     used = sum(rope.axes)
     rotated = z[..., :used].to(wide)
     if rope.pairing == "interleaved":
@@ -172,6 +168,18 @@ def _rotate_traced(z: Tensor, axes: list[AxisTable], rope: Rope) -> Tensor:
         rotated = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
     rotated = rotated.to(z.dtype)
     return rotated if used == z.shape[-1] else torch.cat([rotated, z[..., used:]], dim=-1)
+
+
+@of_sizes
+def _cos_sin(axes: list[AxisTable], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every token, (N, 1, channels // 2) each."""
+    turn = _combined([axis.angles.to(dtype) for axis in axes], [axis.angles.shape[0] for axis in axes])
+    turn = turn.flatten(0, 2)[:, None]
+    cos, sin = turn.cos(), turn.sin()
+    if all(axis.magnitude is None for axis in axes):
+        return cos, sin
+    scale = torch.cat([_magnitude(axis.magnitude, axis.angles[0]) for axis in axes]).to(dtype)
+    return cos * scale, sin * scale
 
 
 def _magnitude(factor: Tensor | None, like: Tensor) -> Tensor:
