@@ -162,12 +162,12 @@ def test_a_schedule_is_one_file_per_phase(tmp_path):
     )
     with restored_state(seed=5):
         ultrazoo.save(randomise(ultrazoo.build(recipe)), tmp_path / "model")
+    scheduled = ultrazoo.from_pretrained(tmp_path / "model").eval()
     early = export(tmp_path / "model", "torchscript", tmp_path / "early", phase="0-1")
-    # any step of a phase names it
-    late = export(tmp_path / "model", "torchscript", tmp_path / "late", phase="3")
+    # any step of a phase names it; a model that is handed in keeps its schedule
+    late = export(scheduled, "torchscript", tmp_path / "late", phase="3")
     assert (early.content["phase"], late.content["phase"]) == ([0, 1], [2, 3])
     assert early.content["weights"] == late.content["weights"]
-    scheduled = ultrazoo.from_pretrained(tmp_path / "model").eval()
     inputs = inputs_at(Engine(early.file).ports, {"b": 1, "t": 2, "h": 6, "w": 8, "text": 3}, torch.float32)
     answers = {name: Engine(tmp_path / name)(*inputs.values()) for name in ("early", "late")}
     for step, right, wrong in ((0, "early", "late"), (1, "early", "late"), (2, "late", "early"), (3, "late", "early")):

@@ -12,7 +12,7 @@ from ultrazoo.errors import UsageError
 from ultrazoo.export.interior import interior
 from ultrazoo.export.measured import measured
 from ultrazoo.export.program import drop_idle, program_of, share_sizes
-from ultrazoo.export.proof import prepare, ratio, replaced, stand_ins, zeros_of
+from ultrazoo.export.proof import allowed, cases_in, prepare, ratio, replaced, stand_ins, zeros_of
 from ultrazoo.export.quiet import quiet
 from ultrazoo.export.scores import is_flash, room
 from ultrazoo.export.sizes import Axis, bounds_of, inputs_at, proof_sizes, require_within, sizes_of
@@ -298,7 +298,8 @@ def test_stand_ins_come_from_names_and_go_again(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     # with them the answer says something
     ports = model.plan.resolved.backbone.ports(image=False)
-    assert prepare(model, ports, [{"b": 1, "t": 2, "h": 4, "w": 4, "text": 3}], torch.float32, tmp_path) == zeros
+    cases = [{"b": 1, "t": 2, "h": 4, "w": 4, "text": 3}]
+    assert prepare(model, ports, cases, torch.float32, tmp_path) == (zeros, None)
 
 
 def test_ratio_is_infinite_for_what_is_no_answer():
@@ -307,3 +308,26 @@ def test_ratio_is_infinite_for_what_is_no_answer():
     assert ratio(torch.full((2, 3), float("nan")), due) == float("inf")
     assert ratio(torch.zeros(2, 3), due) == pytest.approx(1.0)
     assert ratio(due * 1.5, due) == pytest.approx(0.5)
+
+
+def test_sixteen_bits_may_differ_by_what_one_rounding_does(tmp_path):
+    model = ultrazoo.build(small(), dtype="bfloat16").eval()
+    ports = model.plan.resolved.backbone.ports(image=False)
+    cases = [{"b": 2, "t": 2, "h": 5, "w": 4, "text": 3}, {"b": 1, "t": 2, "h": 4, "w": 4, "text": 3}]
+    zeros, rounding = prepare(model, ports, cases, torch.bfloat16, tmp_path)
+    # measured here again, at the smaller size
+    inputs, due = cases_in(tmp_path)[1]
+    moved = inputs["latents"].clone()
+    moved[..., 0, 0] *= 1 + 2**-7
+    assert 0 < ratio(moved, inputs["latents"]) < 2**-7
+    with replaced(model, stand_ins(zeros, torch.bfloat16)), torch.no_grad():
+        assert rounding == ratio(model(moved, inputs["timestep"], inputs["text"]), due)
+    assert 1e-4 < rounding < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "due"),
+    [("float32", None, 1e-5), ("bfloat16", 4e-3, 1e-2), ("bfloat16", 1.2e-2, 1.8e-2), ("float16", 1e-3, 2e-3)],
+)
+def test_the_bound_of_a_proof(dtype, rounding, due):
+    assert allowed(dtype, rounding) == pytest.approx(due)

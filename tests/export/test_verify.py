@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import ultrazoo
 from tests.backbones.models import randomise
@@ -57,18 +56,6 @@ def test_a_zero_weight_that_is_not_zero_is_found(tmp_path, made, target):
     with pytest.raises(CheckFailed, match="weights that are zero in the model are not in the file") as caught:
         verify(folder)
     assert ZERO in str(caught.value)
-
-
-def test_a_little_above_the_bound_in_bfloat16_says_what_rounding_does(tmp_path):
-    made = export(small(), "torchscript", tmp_path / "made", dtype="bfloat16")
-    answers = tmp_path / "made" / "proof.safetensors"
-    kept = load_file(answers)
-    for factor, told in ((1.015, True), (1.2, False)):
-        save_file({name: z * factor if name.endswith("output") else z for name, z in kept.items()}, answers)
-        sealed(tmp_path / "made")
-        with pytest.raises(CheckFailed, match="is not the model") as caught:
-            verify(made.file)
-        assert ("--dtype float16 rounds eight times finer" in str(caught.value)) is told
 
 
 def test_trained_weights_have_no_stand_ins_and_are_proved_as_they_are(tmp_path):

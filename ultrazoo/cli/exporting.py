@@ -198,7 +198,7 @@ def _proof(found: Mapping[str, Any]) -> list[list[str]]:
     kernels = ", ".join(runtime["kernels"]) or "none of attention"
     version = runtime.get(runtime["runtime"], runtime.get("torch", ""))
     rows = [
-        ["proof", f"error ratio at most {worst:.1e} at {len(found['cases'])} sizes, allowed {found['allowed']:g}"],
+        ["proof", f"error ratio at most {worst:.1e} at {len(found['cases'])} sizes, allowed {found['allowed']:.2g}"],
         ["ran in", f"{runtime['runtime']} {version}, attention: {kernels}"],
     ]
     if found["stand_ins"]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -39,9 +41,18 @@ def phase_wanted(plan: Any, wanted: str | None) -> tuple[int, int] | None:
     raise UsageError(f"--phase {wanted}: the phases of {plan.name} are {listed}")
 
 
-def keep_phase(model: nn.Module, phase: tuple[int, int]) -> None:
-    """Leave in `model` the attentions of one phase alone, in place of the schedules."""
-    for module in list(model.modules()):
+@contextlib.contextmanager
+def one_phase(model: nn.Module, phase: tuple[int, int] | None) -> Iterator[None]:
+    """Inside the ``with`` block `model` has the attentions of one phase alone in place of the schedules; None: as it is."""
+    replaced = []
+    for module in list(model.modules()) if phase is not None else ():
         for name, child in list(module.named_children()):
             if isinstance(child, Scheduled):
+                assert phase is not None
                 setattr(module, name, child.chosen((phase[0], phase[1] + 1)))
+                replaced.append((module, name, child))
+    try:
+        yield
+    finally:
+        for module, name, child in replaced:
+            setattr(module, name, child)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -31,7 +31,9 @@ from .sizes import Sizes, inputs_at
 FILE = "proof.safetensors"
 OUTPUT = "output"
 ALLOWED = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "float64": 1e-10}
-"""Error ratios (RMS of the difference over RMS of the model's answer) that a file may have, by dtype."""
+"""Error ratios (RMS of the difference over RMS of the model's answer) that a file may have, by dtype; see `allowed`."""
+ROUNDINGS = 1.5
+"""How many times as far as the model's own rounding carries its answer a file of 16 bits may be from it."""
 
 
 def ratio(got: Tensor, due: Tensor) -> float:
@@ -41,6 +43,15 @@ def ratio(got: Tensor, due: Tensor) -> float:
     got, due = got.double(), due.double()
     found = float((got - due).square().mean().sqrt() / due.square().mean().sqrt())
     return found if found == found else float("inf")
+
+
+def allowed(dtype: str, rounding: float | None) -> float:
+    """The error ratio that a file may have: that of the table, or in 16 bits 1.5 times `rounding`, whichever is more.
+
+    A file does the same arithmetic in another order, so that some values round the other way, and every layer carries that
+    on: in bfloat16 thirty layers make 1e-2 of a single rounding. `rounding` is what that does to the model itself.
+    """
+    return max(ALLOWED[dtype], ROUNDINGS * (rounding or 0.0))
 
 
 def stand_ins(zeros: Mapping[str, Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -79,24 +90,48 @@ def replaced(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
                 own[name].copy_(value)
 
 
+class Prepared(NamedTuple):
+    """Shapes of the weights that had stand-ins, by name, and in 16 bits what one rounding does to the model (`rounding_of`)."""
+
+    zeros: dict[str, list[int]]
+    rounding: float | None
+
+
 def prepare(
     model: nn.Module, ports: Sequence[Port], cases: Sequence[Sizes], dtype: torch.dtype, folder: Path
-) -> dict[str, list[int]]:
-    """Run the model at every size and keep inputs and answers in `folder`; returns the weights that had stand-ins."""
+) -> Prepared:
+    """Run the model at every size and keep inputs and answers in `folder`."""
     zeros = zeros_of(model)
     kept: dict[str, Tensor] = {}
-    device = next(model.parameters()).device
-    with replaced(model, stand_ins(zeros, dtype)), torch.no_grad():
+    smallest = min(range(len(cases)), key=lambda index: math.prod(cases[index].values()))
+    rounding = None
+    with replaced(model, stand_ins(zeros, dtype)):
         for index, sizes in enumerate(cases):
             inputs = inputs_at(ports, sizes, dtype, seed=index)
-            found = model(*(inputs[port.name].to(device) for port in ports)).cpu()
+            found = _answer(model, inputs)
             if not bool(found.any()) or not bool(found.isfinite().all()):
                 what = "zero" if bool(found.isfinite().all()) else "not finite"
                 raise UltrazooError(f"the model's answer at {shown(sizes)} is {what}: nothing can be proved with it")
             kept.update({f"{index}.{name}": value for name, value in inputs.items()})
-            kept[f"{index}.{OUTPUT}"] = found.contiguous()
+            kept[f"{index}.{OUTPUT}"] = found
+            if index == smallest and dtype.itemsize == 2:
+                rounding = rounding_of(model, inputs, found)
     write_bytes(folder / FILE, save(kept))
-    return zeros
+    return Prepared(zeros, rounding)
+
+
+def _answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return model(*(value.to(device) for value in inputs.values())).cpu().contiguous()  # type: ignore[no-any-return]
+
+
+def rounding_of(model: nn.Module, inputs: Mapping[str, Tensor], due: Tensor) -> float:
+    """How far the model's answer moves (`ratio`) when the corner of its first input moves by one rounding, in its dtype."""
+    name, first = next(iter(inputs.items()))
+    moved = first.clone()
+    moved[..., 0, 0] *= 1 + torch.finfo(first.dtype).eps
+    return ratio(_answer(model, {**inputs, name: moved}), due)
 
 
 COMMAND = (sys.executable, "-m", "ultrazoo.export.fresh")

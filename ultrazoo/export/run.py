@@ -26,7 +26,7 @@ from .before import Wanted, checked, made, opened, require_sizes
 from .latents import latents_of
 from .look import look
 from .origin import weights_of
-from .phases import keep_phase
+from .phases import one_phase
 from .program import program_of
 from .quiet import quiet
 from .record import UNVERIFIED
@@ -125,77 +125,22 @@ def _write(
     steps: tuple[int, int] | None,
     say: Say,
 ) -> Exported:
-    # of the whole model: the phases of one schedule say the same of themselves
-    weights = weights_of(model)
-    if steps is not None:
-        keep_phase(model, steps)
-    require_sizes(model, bounds, plan)
-    cases = proof_sizes(bounds)
-    dtype = assemble.DTYPES[plan.resolved.dtype]
-    spent: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        spent[name], clock = round(now - clock, 2), now
-
-    content: dict[str, Any] = {
-        "target": wanted.to,
-        "name": plan.name,
-        "hash": plan.hash,
-        "dtype": plan.resolved.dtype,
-        "kind": "image" if plan.grid.t == 1 else "video",
-        "phase": None if steps is None else list(steps),
-        "inputs": record.ports_data(ports),
-        "latents": latents_of(plan.resolved.backbone),
-        "bounds": {axis: one.data() for axis, one in bounds.items()},
-        "form": "index arrays, sizes open" if any(one.open for one in bounds.values()) else "index arrays, sizes fixed",
-        "traced_at": cases[0],
-        "torch": torch.__version__,
-        # onnxruntime runs a file on the CPU wherever it was traced
-        "device": "cpu" if wanted.to == "onnx" else str(next(model.parameters()).device),
-        "weights": weights,
-        "plugins": [dict(row) for row in plan.resolved.plugins],
-        "recipe": plan.resolved.data(),
-    }
-    if wanted.to == "onnx":
-        content["opset"] = wanted.opset or target("onnx").OPSET
-    job = Job(model, ports, bounds, cases[0], dtype, _embedded(content), wanted.opset)
     with staged(wanted.out, force=wanted.force) as folder, disk_errors(wanted.out):
-        if wanted.to != "torchscript":
-            say(f"tracing at {proof.shown(cases[0])}")
-            with _told(wanted.to, wanted.out):
-                job.program = program_of(model, wanted.to, ports, bounds, cases[0], dtype)
-            lap("trace_s")
-        say(f"writing {wanted.to}")
-        _reserve(folder, plan.totals.weight_bytes)
-        with _told(wanted.to, wanted.out):
-            file = target(wanted.to).write(job, folder)
-        lap("write_s")
-        with _told(wanted.to, wanted.out):
-            content["interior"] = look(job, wanted.to, file, plan)
-        lap("look_s")
-        content |= {"file": file.name, "files": {}, "spent": spent}
+        laps = _Laps()
+        # weights are those of the whole model: the phases of one schedule say the same of themselves
+        about = {"phase": None if steps is None else list(steps), "weights": weights_of(model), "spent": laps.spent}
+        with one_phase(model, steps):
+            content = _made(model, plan, wanted, ports, bounds, about, folder, laps, say)
+        file = folder / content["file"]
+        # the file has weights of its own: two copies at a time are enough
+        del model
+        gc.collect()
         if wanted.verify:
-            say(f"running the model at {len(cases)} sizes")
-            zeros = proof.prepare(model, ports, cases, dtype, folder)
-            content["proof"] = {
-                "allowed": proof.ALLOWED[plan.resolved.dtype],
-                "stand_ins": zeros,
-                "cases": [{"sizes": one} for one in cases],
-            }
-            lap("eager_s")
-            # the file has weights of its own: two copies at a time are enough
-            del job, model
-            gc.collect()
             # the fresh process reads what it is to prove
             write_bytes(folder / record.FILE, record.text(content))
             content = _proved(file, folder, content, say)
             (folder / record.FILE).unlink()
-            lap("proof_s")
-        else:
-            content["proof"] = {"holds": None, "cases": []}
+            laps("proof_s")
         for one in sorted(folder.iterdir()):
             content["files"][one.name] = {"bytes": one.stat().st_size, "sha256": record.digest(one)}
         if content["proof"]["holds"] is False:
@@ -206,6 +151,82 @@ def _write(
         target_file = wanted.out / (content["file"] + UNVERIFIED)
         raise CheckFailed(_failure(target_file, content))
     return Exported(target_file, content)
+
+
+class _Laps:
+    """Seconds since the last call, by name."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.clock = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.spent[name], self.clock = round(now - self.clock, 2), now
+
+
+def _made(
+    model: nn.Module,
+    plan: Plan,
+    wanted: Wanted,
+    ports: tuple[Port, ...],
+    bounds: Mapping[str, Axis],
+    about: Mapping[str, Any],
+    folder: Path,
+    laps: _Laps,
+    say: Say,
+) -> dict[str, Any]:
+    """Trace the model, write the file into `folder`, look through it, run the model for the proof: `about` and the rest of
+    export.json."""
+    require_sizes(model, bounds, plan)
+    cases = proof_sizes(bounds)
+    dtype = assemble.DTYPES[plan.resolved.dtype]
+    content: dict[str, Any] = {
+        **about,
+        "target": wanted.to,
+        "name": plan.name,
+        "hash": plan.hash,
+        "dtype": plan.resolved.dtype,
+        "kind": "image" if plan.grid.t == 1 else "video",
+        "inputs": record.ports_data(ports),
+        "latents": latents_of(plan.resolved.backbone),
+        "bounds": {axis: one.data() for axis, one in bounds.items()},
+        "form": "index arrays, sizes open" if any(one.open for one in bounds.values()) else "index arrays, sizes fixed",
+        "traced_at": cases[0],
+        "torch": torch.__version__,
+        # onnxruntime runs a file on the CPU wherever it was traced
+        "device": "cpu" if wanted.to == "onnx" else str(next(model.parameters()).device),
+        "plugins": [dict(row) for row in plan.resolved.plugins],
+        "recipe": plan.resolved.data(),
+    }
+    if wanted.to == "onnx":
+        content["opset"] = wanted.opset or target("onnx").OPSET
+    job = Job(model, ports, bounds, cases[0], dtype, _embedded(content), wanted.opset)
+    if wanted.to != "torchscript":
+        say(f"tracing at {proof.shown(cases[0])}")
+        with _told(wanted.to, wanted.out):
+            job.program = program_of(model, wanted.to, ports, bounds, cases[0], dtype)
+        laps("trace_s")
+    say(f"writing {wanted.to}")
+    _reserve(folder, plan.totals.weight_bytes)
+    with _told(wanted.to, wanted.out):
+        file = target(wanted.to).write(job, folder)
+    laps("write_s")
+    with _told(wanted.to, wanted.out):
+        content["interior"] = look(job, wanted.to, file, plan)
+    laps("look_s")
+    content |= {"file": file.name, "files": {}, "proof": {"holds": None, "cases": []}}
+    if wanted.verify:
+        say(f"running the model at {len(cases)} sizes")
+        zeros, rounding = proof.prepare(model, ports, cases, dtype, folder)
+        content["proof"] = {
+            "allowed": proof.allowed(plan.resolved.dtype, rounding),
+            "rounding": rounding,
+            "stand_ins": zeros,
+            "cases": [{"sizes": one} for one in cases],
+        }
+        laps("eager_s")
+    return content
 
 
 def _reserve(folder: Path, weight_bytes: int) -> None:
@@ -246,6 +267,10 @@ def _proved(file: Path, folder: Path, content: Mapping[str, Any], say: Say) -> d
         raise UsageError(f"{folder} was exported with --no-verify: there is nothing to compare with; export it again")
     say(f"proving {file.name} in a fresh process")
     allowed = content["proof"]["allowed"]
+    if allowed > proof.ALLOWED[content["dtype"]]:
+        say(
+            f"  one rounding of its input moves the model by {content['proof']['rounding']:.2e}: allowed is {allowed:.2g}"
+        )
     try:
         found = proof.run_fresh(file, folder)
     except UltrazooError as error:
@@ -253,7 +278,7 @@ def _proved(file: Path, folder: Path, content: Mapping[str, Any], say: Say) -> d
     cases = []
     for case, ratio, seconds in zip(content["proof"]["cases"], found["ratios"], found["seconds"], strict=True):
         cases.append({**case, "ratio": min(ratio, 1e308), "seconds": seconds})
-        say(f"  {proof.shown(case['sizes'])}: error ratio {ratio:.2e} (allowed {allowed:g})")
+        say(f"  {proof.shown(case['sizes'])}: error ratio {ratio:.2e} (allowed {allowed:.2g})")
     holds = all(case["ratio"] <= allowed for case in cases) and not found["not_zero"]
     runtime = {**found["facts"], "flash": is_flash(found["facts"], content["interior"]["operators"])}
     outcome = {**content["proof"], "holds": holds, "cases": cases, "runtime": runtime, "load_s": found["load_s"]}
@@ -268,18 +293,13 @@ def _failure(file: Path, content: Mapping[str, Any]) -> str:
     if "why" in found:
         return f"{file} is not proved: {found['why']}"
     worst = max(found["cases"], key=lambda case: case["ratio"])
-    text = (
+    return (
         f"{file} is not the model: at {proof.shown(worst['sizes'])} the error ratio is {worst['ratio']:.2e}, allowed is "
-        f"{found['allowed']:g}"
+        f"{found['allowed']:.2g}"
     )
-    if content["dtype"] == "bfloat16" and worst["ratio"] < 2 * found["allowed"]:
-        text += (
-            "; in bfloat16 the rounding of many layers alone may come to that: --dtype float16 rounds eight times finer"
-        )
-    return text
 
 
 def _embedded(content: Mapping[str, Any]) -> dict[str, str]:
     """What stands inside the file, for whoever finds it alone."""
-    kept = {key: value for key, value in content.items() if key not in ("plugins", "traced_at", "form")}
+    kept = {key: value for key, value in content.items() if key not in ("plugins", "traced_at", "form", "spent")}
     return {"ultrazoo": json.dumps({"version": __version__, **kept})}
