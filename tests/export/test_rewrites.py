@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ultrazoo.export.aoti_forms import onednn_linears
+from ultrazoo.export.aoti_forms import onednn_depthwise, onednn_linears
 from ultrazoo.testing import error_ratio
 
 
@@ -39,6 +39,35 @@ def test_linears_of_full_precision_are_onednn_s(dtype: torch.dtype, count: int) 
     found, due = program.module()(x), model(x)
     assert error_ratio(found, due) < 1e-6
     assert error_ratio(nn.functional.gelu(due), due) > 1e-2
+
+
+class _Convolutions(nn.Module):
+    """A depthwise convolution of tokens, and one that is not depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv3d(8, 8, 3, padding=1, groups=8)
+        self.dense = nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x.permute(0, 4, 1, 2, 3))
+        return (self.dense(y) + y).permute(0, 2, 3, 4, 1)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 1), (torch.bfloat16, 0)])
+def test_depthwise_convolutions_of_full_precision_are_onednn_s(dtype: torch.dtype, count: int) -> None:
+    torch.manual_seed(0)
+    model = _Convolutions().to(dtype)
+    dims = {"x": {axis: torch.export.Dim(f"n{axis}", min=2) for axis in (1, 2, 3)}}
+    program = torch.export.export(model, (torch.randn(2, 3, 4, 5, 8, dtype=dtype),), dynamic_shapes=dims)
+    assert onednn_depthwise(program) == count
+    targets = Counter(node.target for node in program.graph.nodes)
+    assert targets[torch.ops.mkldnn._convolution_pointwise.default] == count
+    assert targets[torch.ops.aten.conv3d.default] == 2 - count
+    x = torch.randn(2, 4, 3, 7, 8, dtype=dtype)
+    found, due = program.module()(x), model(x)
+    assert error_ratio(found, due) < 1e-6
+    assert error_ratio(due.roll(1, dims=1), due) > 0.1
 
 
 class _Mixed(nn.Module):

@@ -37,8 +37,46 @@ def onednn_linears(program: ExportedProgram) -> int:
     return count
 
 
+def onednn_depthwise(program: ExportedProgram) -> int:
+    """Give fp32 depthwise 3-D convolutions on a CPU to oneDNN with the channels last, as the tokens lie; returns how many.
+
+    For torch's own operator the compiler copies tokens into another layout and back.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return 0
+    graph = program.graph_module.graph
+    count = 0
+    for node in list(graph.nodes):
+        if not _on_cpu(node, torch.ops.aten.conv3d.default):
+            continue
+        read, weight, bias, stride, padding, dilation, groups = (*node.args, *_CONV3D[len(node.args) :])
+        if groups == 1 or node.kwargs:
+            continue
+        with graph.inserting_after(node):
+            made = graph.call_function(
+                torch.ops.mkldnn._convolution_pointwise.default,
+                (read, weight, bias, padding, stride, dilation, groups, "none", [], ""),
+            )
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+        count += 1
+    graph.lint()
+    program.graph_module.recompile()
+    return count
+
+
+_CONV3D = (None, None, None, [1, 1, 1], [0, 0, 0], [1, 1, 1], 1)
+"""What the arguments of conv3d are where they are left out."""
+
+
 def _is_linear(node: Node) -> bool:
-    if node.op != "call_function" or node.target is not torch.ops.aten.linear.default:
+    return _on_cpu(node, torch.ops.aten.linear.default)
+
+
+def _on_cpu(node: Node, target: object) -> bool:
+    """Is a node this operator in fp32 on a CPU?"""
+    if node.op != "call_function" or node.target is not target:
         return False
     value = node.meta["val"]
     return bool(value.dtype == torch.float32 and value.device.type == "cpu")
