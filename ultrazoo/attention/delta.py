@@ -81,7 +81,7 @@ class DeltaSpec(AttentionSpec):
         attention, qkv = 4 * pairs * inner, 2 * tokens * dim * 3 * site.width
         gated = self.gate == "sigmoid"
         matmuls, convolutions = 0, 0
-        # fp32 beside a 16-bit stream counts twice: states, and the branch's features
+        # fp32 beside a 16-bit stream counts twice: states, and the features of the frames that are read at a time
         states = 2 * site.grid.t * site.heads * site.head_dim**2
         if not windows.covered:
             matmuls, convolutions = branch_flops(site, self.rule, self.convolve, windows)
@@ -94,7 +94,7 @@ class DeltaSpec(AttentionSpec):
             out_flops=2 * tokens * inner * dim,
             other_flops=matmuls + convolutions + (2 * tokens * dim * site.heads if gated else 0),
             parameters=owned + gate,
-            peak_elements=14 * tokens * site.width + 4 * states,
+            peak_elements=10 * tokens * site.width + 4 * states,
             saved_elements=(38 + 2 * site.qk_norm) * tokens * site.width + 8 * states,
             branches=(
                 BranchCost("window", pairs, attention, qkv, 0, gate),
@@ -161,8 +161,8 @@ class DeltaAttention(Attention):
         if call.extra is not None:
             refuse_segments(spec.name, call.extra)
         windows = spec.windows(call.grid[0])
-        raw = host.project(x, "qkv")
-        q, k, v = host.heads(*raw, grid_positions(call.grid, x.device))  # (B, N, heads, D)
+        raw = dict(zip("qkv", host.project(x, "qkv"), strict=True))
+        q, k, v = host.heads(*raw.values(), grid_positions(call.grid, x.device))  # (B, N, heads, D)
         assert q is not None and k is not None and v is not None
         y = self._in_windows(q, k, v, windows, call)
         y_extra = None if call.extra is None else attend_extra(call.extra, k, v, call.key_valid, spec.kernel)
@@ -182,25 +182,28 @@ class DeltaAttention(Attention):
         per_frame = call.grid[1] * call.grid[2]
         found = []
         for queries, keys in windows.rows:
-            mine = _frames(k, keys, per_frame), _frames(v, keys, per_frame)
             valid = None if call.key_valid is None else _frames(call.key_valid, keys, per_frame)
-            found.append(_softmax(_frames(q, queries, per_frame), *mine, valid, call.extra, spec.kernel))
+            # the keys of one window go before those of the next are gathered
+            seen = (_frames(z, at, per_frame) for z, at in ((q, queries), (k, keys), (v, keys)))
+            found.append(_softmax(*seen, valid, call.extra, spec.kernel))
         if windows.anchors and len(found) > 1:
             ends, *rest = found
             found = [ends[:, :per_frame], *rest, ends[:, per_frame:]]
         return torch.cat(found, dim=1)
 
-    def _beyond(self, x: Tensor, raw: tuple[Tensor, Tensor, Tensor], windows: FrameWindows, call: Call) -> Tensor:
-        """What the linear branch adds to the stream: (B, N, C), zero for anchors."""
+    def _beyond(self, x: Tensor, raw: dict[str, Tensor], windows: FrameWindows, call: Call) -> Tensor:
+        """What the linear branch adds to the stream: (B, N, C), zero for anchors. `raw` is empty afterwards: projections go
+        as soon as they were read."""
         first, last = windows.inner
         frames, height, width = call.grid
 
         def inner(z: Tensor) -> Tensor:
             return z.unflatten(1, (frames, height, width))[:, first:last]
 
-        names = dict(zip("qkv", map(inner, raw), strict=True))
+        for name, z in raw.items():
+            raw[name] = inner(z)
         valid = None if call.key_valid is None else inner(call.key_valid)
-        found = self.linear_attention(inner(x), names, valid, windows, self.to_out_linear)
+        found = self.linear_attention(inner(x), raw, valid, windows, self.to_out_linear)
         around = (first * height * width, (frames - last) * height * width)
         return nn.functional.pad(found, (0, 0, *around))
 

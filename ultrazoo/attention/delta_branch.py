@@ -135,15 +135,15 @@ class DeltaBranch(nn.Module):
         self, x: Tensor, raw: dict[str, Tensor], valid: Tensor | None, windows: FrameWindows, out: nn.Module
     ) -> Tensor:
         """x (B, F, H, W, C), raw q, k, v (B, F, H, W, heads*D) and valid (B, F, H, W) of the frames that are no anchors
-        → (B, F*H*W, C), through the output projection `out`."""
-        maps = {name: self._mixed(z, name, valid) for name, z in raw.items()}
+        → (B, F*H*W, C), through the output projection `out`. Takes the raw projections out of `raw`."""
+        maps = {name: self._mixed(raw.pop(name), name, valid) for name in tuple(raw)}
         beta = self.beta_proj(x).sigmoid()
         if valid is not None:
             # a token that is not real writes nothing
             beta = beta * valid.unsqueeze(-1)
         with without_autocast(x.device):
             log_alpha = self.alpha(_frame_means(x, valid))  # (B, F, heads, D)
-            transition, injection = self._factors(maps["k"], maps["v"], beta, log_alpha)
+            transition, injection = self._factors(maps.pop("k"), maps.pop("v"), beta, log_alpha)
             before, after = self._states(transition, injection, windows)
         rows, first = [], windows.inner[0]
         for window in windows.windows:
