@@ -228,6 +228,8 @@ def test_time_compiled(name: str, record: Callable[[Row], None], command: str) -
 @pytest.mark.parametrize("tokens", GPU_GRIDS)
 @pytest.mark.parametrize("name", sparse_names())
 def test_time_on_a_gpu(name: str, tokens: str, heads: int, record: Callable[[Row], None], command: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: torch.cuda.is_available() is False")
     grid = GPU_GRIDS[tokens]
     rope = Rope(axes=(44, 42, 42))
     site = Site(dim=heads * GPU_HEAD_DIM, heads=heads, head_dim=GPU_HEAD_DIM, layer=5, layers=30, grid=grid, rope=rope)
