@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ...errors import Problem
 from ...kernels import attend
 from ...kernels.block_map import BlockMap
+from ...ops.blocks import Blocks
 from ...ops.init import Constant, marked
 from ...spec import Site, Spec, option
 from .orders import Place
@@ -243,15 +244,26 @@ class _Coarse(nn.Module):
         mask = None if scene.key_valid is None else (counts > 0).transpose(-1, -2)
         found = attend(scene.q_means, scene.k_means, values, key_mask=mask, scale=scene.scale)
         assert isinstance(found, Tensor)
-        # one row per block, to every token of it
-        sizes = torch.tensor(place.queries.sizes, device=near.device)
-        spread = found.to(near.dtype).repeat_interleave(sizes, dim=2, output_size=place.queries.tokens)
+        found = found.to(near.dtype)
         if not self.spec.learned:
-            return near + spread
+            return _per_token(near, None, found, place.queries)
         gate = self.gate(scene.x.to(self.gate.weight.dtype))
         if place.order is not None:
             gate = gate.index_select(1, torch.as_tensor(place.order, device=gate.device))
         gate = gate.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if self.spec.gate == "sigmoid":
             gate = gate.sigmoid()
-        return (near + gate * spread).to(near.dtype)
+        return _per_token(near, gate, found, place.queries)
+
+
+def _per_token(near: Tensor, gate: Tensor | None, rows: Tensor, blocks: Blocks) -> Tensor:
+    """``near + gate * rows``, one of `rows` (B, heads, blocks, D) for every token of a block: (B, heads, n, D)."""
+    if blocks.uniform:
+        split = (blocks.count, blocks.largest)
+        near, rows = near.unflatten(2, split), rows.unsqueeze(3)
+        gate = None if gate is None else gate.unflatten(2, split)
+    else:
+        sizes = torch.tensor(blocks.sizes, device=near.device)
+        rows = rows.repeat_interleave(sizes, dim=2, output_size=blocks.tokens)
+    found = near + rows if gate is None else torch.addcmul(near, gate, rows).to(near.dtype)
+    return found.flatten(2, 3) if blocks.uniform else found
