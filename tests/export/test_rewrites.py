@@ -14,15 +14,18 @@ from ultrazoo.testing import error_ratio
 
 
 class _Linears(nn.Module):
-    """A linear with a GELU behind it, one whose GELU is not all that reads it, and one without bias."""
+    """A linear with a GELU behind it, one whose GELU is not all that reads it, one without bias, and one whose weight is
+    computed, which the compiler could not give to oneDNN."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.last = nn.Linear(6, 10), nn.Linear(10, 10), nn.Linear(10, 4, bias=False)
+        self.kernel = nn.Parameter(torch.randn(4, 2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.second(nn.functional.gelu(self.first(x), approximate="tanh"))
-        return self.last(nn.functional.gelu(y) + y)  # type: ignore[no-any-return]
+        z = self.last(nn.functional.gelu(y) + y)
+        return nn.functional.linear(z, self.kernel.transpose(1, 2).flatten(1))
 
 
 @pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 3), (torch.bfloat16, 0)])
@@ -34,7 +37,7 @@ def test_linears_of_full_precision_are_onednn_s(dtype: torch.dtype, count: int) 
     assert onednn_linears(program) == count
     targets = Counter(node.target for node in program.graph.nodes)
     assert targets[torch.ops.mkldnn._linear_pointwise.default] == count
-    assert targets[torch.ops.aten.linear.default] == 3 - count
+    assert targets[torch.ops.aten.linear.default] == 4 - count
     assert targets[torch.ops.aten.gelu.default] == (1 if count else 2)
     found, due = program.module()(x), model(x)
     assert error_ratio(found, due) < 1e-6
@@ -68,6 +71,15 @@ def test_depthwise_convolutions_of_full_precision_are_onednn_s(dtype: torch.dtyp
     found, due = program.module()(x), model(x)
     assert error_ratio(found, due) < 1e-6
     assert error_ratio(due.roll(1, dims=1), due) > 0.1
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+def test_a_convolution_with_an_axis_of_one_token_stays(axis: int) -> None:
+    sizes = {1: 3, 2: 4, 3: 5} | {axis: 1}
+    dims = {"x": {other: torch.export.Dim(f"n{other}", min=2) for other in sizes if other != axis}}
+    x = torch.randn(2, *sizes.values(), 8)
+    program = torch.export.export(_Convolutions(), (x,), dynamic_shapes=dims)
+    assert onednn_depthwise(program) == 0
 
 
 class _Mixed(nn.Module):

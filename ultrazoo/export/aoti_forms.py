@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def onednn_linears(program: ExportedProgram) -> int:
@@ -40,7 +43,9 @@ def onednn_linears(program: ExportedProgram) -> int:
 def onednn_depthwise(program: ExportedProgram) -> int:
     """Give fp32 depthwise 3-D convolutions on a CPU to oneDNN with the channels last, as the tokens lie; returns how many.
 
-    For torch's own operator the compiler copies tokens into another layout and back.
+    For torch's own operator the compiler copies tokens into another layout and back. Where an axis may have one token, as
+    the frames of an image, its stride says nothing, oneDNN may answer in another layout than the compiler expects, and the
+    batch comes out mixed: such convolutions stay as they are.
     """
     if not torch.backends.mkldnn.is_available():
         return 0
@@ -50,7 +55,9 @@ def onednn_depthwise(program: ExportedProgram) -> int:
         if not _on_cpu(node, torch.ops.aten.conv3d.default):
             continue
         read, weight, bias, stride, padding, dilation, groups = (*node.args, *_CONV3D[len(node.args) :])
-        if groups == 1 or node.kwargs:
+        if groups == 1 or node.kwargs or not _stored((weight, bias)):
+            continue
+        if not all(statically_known_true(size >= 2) for size in node.meta["val"].shape[2:]):
             continue
         with graph.inserting_after(node):
             made = graph.call_function(
@@ -71,7 +78,12 @@ _CONV3D = (None, None, None, [1, 1, 1], [0, 0, 0], [1, 1, 1], 1)
 
 
 def _is_linear(node: Node) -> bool:
-    return _on_cpu(node, torch.ops.aten.linear.default)
+    return _on_cpu(node, torch.ops.aten.linear.default) and _stored(node.args[1:])
+
+
+def _stored(weights: Sequence[object]) -> bool:
+    """Are weight and bias the model's own, and not computed from them? The compiler's form of oneDNN takes no others."""
+    return all(one is None or (isinstance(one, Node) and one.op == "placeholder") for one in weights)
 
 
 def _on_cpu(node: Node, target: object) -> bool:

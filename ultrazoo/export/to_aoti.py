@@ -45,7 +45,9 @@ def write(job: Job, folder: Path) -> Path:
 
     path = folder / f"{STEM}{SUFFIX}"
     onednn_linears(job.program)
-    onednn_depthwise(job.program)
+    # an exporter takes every open size for two at least
+    if all(axis in job.bounds and job.bounds[axis].low >= 2 for axis in "thw"):
+        onednn_depthwise(job.program)
     # what this machine's vector units can do is tried with a compiler, once for all exports
     valid_vec_isa_list()
     # the compiler's cache holds a copy of the weights; it goes with the run
