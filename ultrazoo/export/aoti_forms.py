@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -17,27 +19,7 @@ def onednn_linears(program: ExportedProgram) -> int:
     The compiler calls the BLAS library for them, which is slower on AMD's processors, and adds bias and GELU in
     passes of their own. In 16 bits torch's linear is oneDNN's already.
     """
-    if not torch.backends.mkldnn.is_available():
-        return 0
-    graph = program.graph_module.graph
-    count = 0
-    for node in list(graph.nodes):
-        if not _is_linear(node):
-            continue
-        read, weight, bias = (*node.args, None)[:3]
-        last, post = _with_gelu(node)
-        with graph.inserting_after(node):
-            made = graph.call_function(
-                torch.ops.mkldnn._linear_pointwise.default, (read, weight, bias, post[0], [], post[1])
-            )
-        made.meta = dict(last.meta)
-        last.replace_all_uses_with(made)
-        for one in dict.fromkeys((last, node)):
-            graph.erase_node(one)
-        count += 1
-    graph.lint()
-    program.graph_module.recompile()
-    return count
+    return _rewritten(program, _linear)
 
 
 def onednn_depthwise(program: ExportedProgram) -> int:
@@ -47,38 +29,60 @@ def onednn_depthwise(program: ExportedProgram) -> int:
     the frames of an image, its stride says nothing, oneDNN may answer in another layout than the compiler expects, and the
     batch comes out mixed: such convolutions stay as they are.
     """
+    return _rewritten(program, _depthwise)
+
+
+class _Call(NamedTuple):
+    """A call of oneDNN in the place of a node and what follows it up to `last`."""
+
+    operator: OpOverload
+    args: tuple[Any, ...]
+    last: Node
+
+
+def _rewritten(program: ExportedProgram, call: Callable[[Node], _Call | None]) -> int:
     if not torch.backends.mkldnn.is_available():
         return 0
     graph = program.graph_module.graph
     count = 0
     for node in list(graph.nodes):
-        if not _on_cpu(node, torch.ops.aten.conv3d.default):
-            continue
-        read, weight, bias, stride, padding, dilation, groups = (*node.args, *_CONV3D[len(node.args) :])
-        if groups == 1 or node.kwargs or not _stored((weight, bias)):
-            continue
-        if not all(statically_known_true(size >= 2) for size in node.meta["val"].shape[2:]):
+        found = call(node)
+        if found is None:
             continue
         with graph.inserting_after(node):
-            made = graph.call_function(
-                torch.ops.mkldnn._convolution_pointwise.default,
-                (read, weight, bias, padding, stride, dilation, groups, "none", [], ""),
-            )
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
+            made = graph.call_function(found.operator, found.args)
+        made.meta = dict(found.last.meta)
+        found.last.replace_all_uses_with(made)
+        for one in dict.fromkeys((found.last, node)):
+            graph.erase_node(one)
         count += 1
     graph.lint()
     program.graph_module.recompile()
     return count
 
 
+def _linear(node: Node) -> _Call | None:
+    if not _on_cpu(node, torch.ops.aten.linear.default) or not _stored(node.args[1:]):
+        return None
+    read, weight, bias = (*node.args, None)[:3]
+    last, (post, form) = _with_gelu(node)
+    return _Call(torch.ops.mkldnn._linear_pointwise.default, (read, weight, bias, post, [], form), last)
+
+
+def _depthwise(node: Node) -> _Call | None:
+    if not _on_cpu(node, torch.ops.aten.conv3d.default) or node.kwargs:
+        return None
+    read, weight, bias, stride, padding, dilation, groups = (*node.args, *_CONV3D[len(node.args) :])
+    if groups == 1 or not _stored((weight, bias)):
+        return None
+    if not all(statically_known_true(size >= 2) for size in node.meta["val"].shape[2:]):
+        return None
+    args = (read, weight, bias, padding, stride, dilation, groups, "none", [], "")
+    return _Call(torch.ops.mkldnn._convolution_pointwise.default, args, node)
+
+
 _CONV3D = (None, None, None, [1, 1, 1], [0, 0, 0], [1, 1, 1], 1)
 """What the arguments of conv3d are where they are left out."""
-
-
-def _is_linear(node: Node) -> bool:
-    return _on_cpu(node, torch.ops.aten.linear.default) and _stored(node.args[1:])
 
 
 def _stored(weights: Sequence[object]) -> bool:

@@ -24,8 +24,8 @@ SETTINGS = {
     # index arithmetic that is folded into the places that read by it ends in an assertion of sympy's (torch 2.15), and
     # would be done again for every element
     "constant_and_index_propagation": False,
-    # what several read is computed once from fewer operations on than torch thinks (30): rotary tables again for every head, and
-    # index arrays for every row, cost more than reading them (1.165 x eager's speed instead of 1.11, C 512, two layers)
+    # what several read is computed once from fewer operations on than torch thinks (30): rotary tables again for every head,
+    # and index arrays for every row, cost more than reading them
     "realize_opcount_threshold": 6,
     # as many threads as the process has that loads it, not as this one has
     "cpp.dynamic_threads": True,
