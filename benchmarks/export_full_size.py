@@ -27,7 +27,6 @@ from benchmarks.rows import ROOT, Row, store
 RECIPE = "recipes/ultragen_4k.yaml"
 LAYERS = 30
 EXPORTS = ("onnx-float32", "onnx-float16", "pt2-float32", "pt2-bfloat16")
-USUAL = EXPORTS
 LIMIT = 24 * 2**30
 GIGABYTE = 10**9
 
@@ -88,7 +87,7 @@ def main() -> int:
     parser.add_argument("--no-results", action="store_true", help="measure and check, write nothing")
     arguments = parser.parse_args()
     rows = []
-    for which in [arguments.only] if arguments.only else USUAL:
+    for which in [arguments.only] if arguments.only else EXPORTS:
         with tempfile.TemporaryDirectory(prefix="ultrazoo-export-", dir=arguments.place) as work:
             rows.append(run(which, arguments.layers, Path(work)))
         if not arguments.no_results:

@@ -54,7 +54,7 @@ GPU_HEADS = (12, 56)
 GPU_HEAD_DIM = 128
 
 
-def by_head(z: Tensor, head_dim: int) -> Tensor:
+def _by_head(z: Tensor, head_dim: int) -> Tensor:
     """(1, N, heads*D) → (1, N, heads, D)."""
     return z.view(*z.shape[:-1], -1, head_dim)
 
@@ -78,7 +78,7 @@ class StoredHost:
         positions: Positions | None,
         key_positions: Positions | None = None,
     ) -> Any:
-        return tuple(None if z is None else by_head(z, self.head_dim) for z in (q, k, v))
+        return tuple(None if z is None else _by_head(z, self.head_dim) for z in (q, k, v))
 
     def rotate(self, z: Tensor, positions: Positions) -> Tensor:
         return z
@@ -116,7 +116,7 @@ def measured(
     q, k, v = (torch.randn(1, site.tokens, site.dim, device=device, dtype=dtype) for _ in range(3))
     grid = (site.grid.t, site.grid.h, site.grid.w)
     host, call = StoredHost(q, k, v, site.head_dim), Call(grid=grid, timestep=torch.tensor([500.0], device=device))
-    heads = [by_head(z, site.head_dim).transpose(1, 2).contiguous() for z in (q, k, v)]
+    heads = [_by_head(z, site.head_dim).transpose(1, 2).contiguous() for z in (q, k, v)]
     into = [torch.empty_like(q) for _ in range(4)]
 
     def copies() -> None:
@@ -124,7 +124,7 @@ def measured(
             target.copy_(source)
 
     calls: dict[str, Callable[[], object]] = {
-        **dense_calls(heads),
+        **_dense_calls(heads),
         "move": copies,
         "design": lambda: block(q, host, call),
     }
@@ -154,7 +154,7 @@ def measured(
     }
 
 
-def dense_calls(heads: list[Tensor]) -> dict[str, Callable[[], object]]:
+def _dense_calls(heads: list[Tensor]) -> dict[str, Callable[[], object]]:
     """Full attention on q, k, v (1, heads, N, D): torch's choice on a CPU, each fused kernel that runs on a GPU."""
     if heads[0].device.type == "cpu":
         return {"full": lambda: F.scaled_dot_product_attention(*heads)}
@@ -189,7 +189,7 @@ def _finished(call: Callable[[], object], device: str) -> Callable[[], object]:
 def _select(block: Any, q: Tensor, call: Call) -> object:
     """Everything up to the map of blocks, consumed as a kernel does."""
     place = _place(block.spec.order, Grid(*call.grid), ())
-    z = by_head(q, block.site.head_dim)
+    z = _by_head(q, block.site.head_dim)
     scene = block._scene(q, z, z, z, call, place)
     block_map = block._map(scene)
     return [block_map.rows(lo, hi) for lo, hi in block_map.chunks()]

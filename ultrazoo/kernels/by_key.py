@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.blocks import Blocks, padded
+from ..ops.graphs import outside_graphs
 from .block_map import BlockMap
 from .door import Inputs, KernelSpec
 from .gathered import dense, key_bias
@@ -50,7 +51,7 @@ class ByKeySpec(KernelSpec):
         return found
 
     @classmethod
-    @torch.compiler.disable
+    @outside_graphs
     def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
         blocks = inputs.block_map.keys
