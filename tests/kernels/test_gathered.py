@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ultrazoo.errors import KernelError
 from ultrazoo.kernels import attend, record
+from ultrazoo.kernels import dense as dense_module
 from ultrazoo.kernels import gathered as module
 from ultrazoo.kernels.block_map import BlockMap
 from ultrazoo.ops.blocks import Blocks, even_blocks, of_sizes
@@ -104,10 +105,15 @@ def asked(
     return Asked(q, k, v, chosen, queries, keys, key_mask, log_weight)
 
 
-@pytest.fixture(autouse=True, params=[SIZE, 5], ids=["fused", "matmuls"])
-def dense_part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What attends to gathered keys on a CPU: torch's operator where values are as wide as keys, matmuls where not."""
-    monkeypatch.setitem(globals(), "VALUES", request.param)
+@pytest.fixture(autouse=True, params=["fused", "in_cache"])
+def dense_part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What attends to gathered keys on a CPU: torch's operator for rows too long for a cache, matmuls for others."""
+    if request.param == "fused":
+        monkeypatch.setattr(dense_module, "ROW_BYTES", 0)
+    else:
+        # which values of another width get in any case
+        monkeypatch.setitem(globals(), "VALUES", 5)
+    return str(request.param)
 
 
 MIXED = pytest.mark.parametrize(
@@ -215,17 +221,14 @@ def test_small_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close("in groups of one", one, reference, 1e-13)
 
 
-def test_which_dense_part_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that both are tested here: the backward makes its weights without `_softmax`."""
-    plain, calls = module._softmax, []
-
-    def counted(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        calls.append(scores.shape)
-        return plain(scores)
-
-    monkeypatch.setattr(module, "_softmax", counted)
+def test_which_dense_part_runs(dense_part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that both are tested here."""
+    calls = []
+    for name in ("_fused", "_in_cache"):
+        plain = getattr(dense_module, name)
+        monkeypatch.setattr(dense_module, name, lambda *args, n=name, f=plain: (calls.append(n), f(*args))[1])
     asked("even").run()
-    assert bool(calls) == (VALUES != SIZE)
+    assert set(calls) == {f"_{dense_part}"}
 
 
 def test_pairs_are_those_of_the_lists() -> None:

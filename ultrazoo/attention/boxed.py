@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels import attend
 from ..ops.boxes import Boxes, TileClass, batches
 from ..ops.graphs import followed
+from ..ops.scratch import Scratch
 from .grouped import SLAB_BYTES, SLAB_BYTES_ELSEWHERE
 
 Classes = tuple[TileClass, TileClass, TileClass]
@@ -177,33 +178,23 @@ def _limit(q: Tensor) -> int:
     return SLAB_BYTES.get(q.device.type, SLAB_BYTES_ELSEWHERE)
 
 
-class _Gatherer:
-    """Rows gathered into memory that is used again: fresh pages cost a CPU more than what is copied into them."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
-        """rows (all, heads, D) by index (tiles, L) → (tiles, heads, L, D)."""
-        count = index.numel()
-        kept = self.kept.get(name)
-        if kept is None or kept.shape[0] < count:
-            kept = self.kept[name] = rows.new_empty(count, *rows.shape[1:])
-        out = kept[:count]
-        torch.index_select(rows, 0, index.flatten(), out=out)
-        return out.unflatten(0, index.shape).transpose(1, 2)
+def _gathered(scratch: Scratch, name: str, rows: Tensor, index: Tensor) -> Tensor:
+    """rows (all, heads, D) by index (tiles, L) → (tiles, heads, L, D)."""
+    out = scratch(name, (index.numel(), *rows.shape[1:]), rows)
+    torch.index_select(rows, 0, index.flatten(), out=out)
+    return out.unflatten(0, index.shape).transpose(1, 2)
 
 
 def _filled(q: Tensor, k: Tensor, v: Tensor, job: Job) -> Tensor:
     """Slab by slab, each written to its place."""
     flat_q, flat_k, flat_v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     y = q.new_empty(*flat_q.shape[:2], v.shape[-1])
-    gathered = _Gatherer()
+    scratch = Scratch()
     for slab in _slabs(q, k, job, _limit(q)):
         out = _attend(
-            gathered("q", flat_q, slab.queries),
-            gathered("k", flat_k, slab.keys),
-            gathered("v", flat_v, slab.keys),
+            _gathered(scratch, "q", flat_q, slab.queries),
+            _gathered(scratch, "k", flat_k, slab.keys),
+            _gathered(scratch, "v", flat_v, slab.keys),
             slab,
             _of_keys(job.valid, slab),
             _of_keys(job.log_weight, slab),
@@ -246,13 +237,13 @@ class _Boxed(torch.autograd.Function):
         dq = torch.empty_like(flat_q)
         # a key's gradient is a sum over the tiles that see it
         dk, dv = (torch.zeros(z.shape, dtype=wide, device=z.device) for z in (flat_k, flat_v))
-        gathered = _Gatherer()
+        scratch = Scratch()
         for slab in _slabs(q, k, job, _limit(q)):
             rows = (("q", flat_q, slab.queries), ("k", flat_k, slab.keys), ("v", flat_v, slab.keys))
-            parts = [gathered(*one).requires_grad_() for one in rows]
+            parts = [_gathered(scratch, *one).requires_grad_() for one in rows]
             with torch.enable_grad():
                 out = _attend(*parts, slab, _of_keys(job.valid, slab), _of_keys(job.log_weight, slab), job)
-            mine = gathered("grad", flat_grad, slab.queries).to(out.dtype)
+            mine = _gathered(scratch, "grad", flat_grad, slab.queries).to(out.dtype)
             found = [z.transpose(1, 2).flatten(0, 1) for z in torch.autograd.grad(out, parts, mine)]
             dq.index_copy_(0, slab.queries.flatten(), found[0])
             for total, part in zip((dk, dv), found[1:], strict=True):

@@ -149,7 +149,7 @@ class SparseVideoGenAttention(Attention):
         blocks = even_blocks(grid.tokens, spec.block)
         valid = _real(q, call)
         more_k, more_v = _extra(q, call)
-        keys, values = torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2)
+        keys, values = _behind(k, more_k), _behind(v, more_v)
         order = torch.as_tensor(np.arange(grid.tokens) if (found := columns(grid, 1)[0]) is None else found).to(
             q.device
         )
@@ -158,7 +158,7 @@ class SparseVideoGenAttention(Attention):
         index = torch.where(by_place[..., None], order, torch.arange(grid.tokens, device=q.device))
         index = index.unsqueeze(-1).expand_as(q)
         q, k, v = (z.gather(2, index) for z in (q, k, v))
-        keys, values = torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2)
+        keys, values = _behind(k, more_k), _behind(v, more_v)
         mask = None
         if valid is not None:
             ends = valid[:, None, grid.tokens :].expand(-1, q.shape[1], -1)
@@ -226,6 +226,11 @@ def _extra(q: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         empty = q[:, :, :0]
         return empty, empty
     return call.extra.k.transpose(1, 2), call.extra.v.transpose(1, 2)
+
+
+def _behind(z: Tensor, more: Tensor) -> Tensor:
+    """(B, heads, N + M, D); as it is where M = 0."""
+    return torch.cat([z, more], dim=2) if more.shape[2] else z
 
 
 def _real(q: Tensor, call: Call) -> Tensor | None:

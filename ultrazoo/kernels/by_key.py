@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ..ops.blocks import Blocks, padded
 from ..ops.graphs import outside_graphs
+from ..ops.scratch import Scratch
 from .block_map import BlockMap
+from .dense import dense
 from .door import Inputs, KernelSpec
-from .gathered import dense, key_bias
+from .gathered import key_bias
 
 PIECE_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
 """Bytes of answers that wait for their sum, per kind of device."""
@@ -157,15 +159,25 @@ class _ByKey(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         queries, keys, values = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+        if q.dtype == wide:
+            # here once, and not once for every block that a query chose; in 16 bits it would round
+            queries, scale_left = queries * scale, 1.0
+        else:
+            scale_left = scale
         out = torch.zeros(len(queries), v.shape[-1], device=q.device, dtype=q.dtype)
         lse = torch.full(queries.shape[:1], float("-inf"), device=q.device, dtype=wide)
+        scratch = Scratch()
         for piece in _pieces(block_map, *q.shape[:2], q.shape[-1]):
-            answers = queries.new_empty(piece.slots, v.shape[-1], dtype=wide)
+            answers = scratch("answers", (piece.slots, v.shape[-1]), queries, wide)
             norms = queries.new_empty(piece.slots, dtype=wide)
             for group in piece.groups:
-                mine = queries.index_select(0, group.queries.flatten()).view(*group.queries.shape, -1)
-                found, norm = dense(mine, keys[group.blocks], values[group.blocks], _bias_of(bias, group, k), scale)
-                answers[group.slots], norms[group.slots] = found.flatten(0, 1), norm.flatten()
+                mine = scratch("mine", (*group.queries.shape, q.shape[-1]), queries)
+                torch.index_select(queries, 0, group.queries.flatten(), out=mine.flatten(0, 1))
+                theirs, added = (keys[group.blocks], values[group.blocks]), _bias_of(bias, group, k)
+                into = answers[group.slots].unflatten(0, group.queries.shape)
+                norm = dense(mine, *theirs, added, scale_left, into, scratch, lse=True)
+                assert norm is not None
+                norms[group.slots] = norm.flatten()
             norm = norms[piece.slot]
             top = lse[piece.rows].scatter_reduce(0, piece.row, norm, "amax")
             level = top.masked_fill(top == float("-inf"), 0.0)

@@ -1,8 +1,7 @@
-"""Block-sparse attention without a compiler: the key blocks of some query blocks are gathered, then dense attention.
+"""Block-sparse attention without a compiler: the key blocks of some query blocks are gathered, then dense attention (`dense`).
 
-Query blocks are handled in groups of similar list length and bounded memory; the backward gathers again. The dense part is
-torch's fused operator on a CPU, plain matmuls elsewhere: its GPU forms give no log-sum-exp together with a mask. Softmax over
-the lists in fp32 or wider (Dao et al., arXiv 2205.14135, for the backward from the log-sum-exp).
+Query blocks are handled in groups of similar list length and bounded memory; the backward gathers again. Softmax over the
+lists in fp32 or wider (Dao et al., arXiv 2205.14135, for the backward from the log-sum-exp).
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from ..ops.blocks import block_valid, padded, unpadded
 from ..ops.graphs import outside_graphs
+from ..ops.scratch import Scratch
 from .block_map import BlockMap, RowLists, row_lists
+from .dense import dense, rows_at_once
 from .door import Inputs, KernelSpec
 
 GROUP_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
@@ -43,7 +44,8 @@ class GatheredSpec(KernelSpec):
         scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
         q = padded(inputs.q, block_map.queries)
         k, v = padded(inputs.k, block_map.keys), padded(inputs.v, block_map.keys)
-        out, lse = _Gathered.apply(q, k, v, key_bias(inputs), block_map, scale)  # type: ignore[no-untyped-call]
+        wants_lse = inputs.return_lse or inputs.needs_grad
+        out, lse = _Gathered.apply(q, k, v, key_bias(inputs), block_map, scale, wants_lse)  # type: ignore[no-untyped-call]
         y = unpadded(out, block_map.queries)
         return y, unpadded(lse, block_map.queries) if inputs.return_lse else None
 
@@ -117,11 +119,13 @@ class _Flat:
         outer = group.batch * self.heads + group.head
         return (outer[:, None] * self.count + group.key_blocks).flatten()
 
-    def keys(self, group: _Group, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v of the group: (rows, width * slots, D)."""
-        rows = group.key_blocks.shape[0]
-        k, v = (z.index_select(0, flat).view(rows, -1, z.shape[-1]) for z in (self.k, self.v))
-        return k, v
+    def keys(self, flat: Tensor, width: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """k and v of lists of `width` blocks: (rows, width * slots, D)."""
+        found = []
+        for name, z in (("k", self.k), ("v", self.v)):
+            blocks = torch.index_select(z, 0, flat, out=scratch(name, (len(flat), *z.shape[1:]), z))
+            found.append(blocks.view(len(flat) // width, -1, z.shape[-1]))
+        return found[0], found[1]
 
     def bias_of(self, group: _Group) -> Tensor | None:
         """(rows, 1, width * slots) to add to the scores, None where there is nothing."""
@@ -141,51 +145,45 @@ class _Flat:
         return bias.flatten(1).unsqueeze(1)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q (rows, m, D) over k, v (rows, n, D) with `added` (rows, 1, n) in the scores: output, lse (rows, m)."""
-    if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
-        mask = None if added is None else added.unsqueeze(1)
-        streams = (z.unsqueeze(1) for z in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *streams, 0.0, False, attn_mask=mask, scale=scale
-        )
-        out, lse = out.squeeze(1), lse.squeeze(1)
-        # the operator says 0 where no key counts
-        return out, lse if added is None else lse.masked_fill((added == float("-inf")).all(-1), float("-inf"))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.bmm(q.to(wide).mul_(scale), k.to(wide).transpose(1, 2))
-    weights, total, norm = _softmax(scores if added is None else scores.add_(added))
-    return torch.bmm(weights, v.to(wide)).div_(total), norm.squeeze(-1)
-
-
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In place: unnormalised weights, their sums (…, 1) and the log-sum-exp (…, 1); no key at all: zeros and -inf."""
-    top = scores.amax(-1, keepdim=True)
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    weights = scores.sub_(top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return weights, total.clamp(min=torch.finfo(total.dtype).tiny), top + total.log()
-
-
 class _Gathered(torch.autograd.Function):
-    """Padded q (B, heads, Gq, bq, D), k and v (B, heads, Gk, bk, D) → output and log-sum-exp (B, heads, Gq, bq)."""
+    """Padded q (B, heads, Gq, bq, D), k and v (B, heads, Gk, bk, D) → output and log-sum-exp (B, heads, Gq, bq), which is of
+    use where it was wanted only."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, block_map: BlockMap, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        block_map: BlockMap,
+        scale: float,
+        wants_lse: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty(*q.shape[:4], v.shape[-1])
-        lse = torch.full(q.shape[:4], float("-inf"), device=q.device, dtype=wide)
-        flat = _Flat(k, v, bias)
+        lse = torch.full(q.shape[:4] if wants_lse else (0,), float("-inf"), device=q.device, dtype=wide)
+        reached = torch.zeros(q.shape[:3], device=q.device, dtype=torch.bool)
+        flat, scratch = _Flat(k, v, bias), Scratch()
         for group in _groups(block_map, k, v, q.shape[3]):
             place = (group.batch, group.head, group.block)
-            found, norm = dense(q[place], *flat.keys(group, flat.rows(group)), flat.bias_of(group), scale)
-            out[place] = found.to(out.dtype)
-            lse[place] = norm
-        # rows without any key
-        if (none := lse == float("-inf")).any():
-            out[none] = 0
+            queries, at, added = q[place], flat.rows(group), flat.bias_of(group)
+            found = scratch("found", (*queries.shape[:2], v.shape[-1]), q)
+            norms = []
+            width = group.key_blocks.shape[1]
+            step = rows_at_once(queries, width * k.shape[3])
+            for lo in range(0, len(queries), step):
+                some = slice(lo, lo + step)
+                keys, values = flat.keys(at[lo * width : (lo + step) * width], width, scratch)
+                some_added = None if added is None else added[some]
+                norms.append(dense(queries[some], keys, values, some_added, scale, found[some], scratch, wants_lse))
+            out[place] = found
+            reached[place] = True
+            if wants_lse:
+                lse[place] = torch.cat([norm for norm in norms if norm is not None])
+        # rows without any key block
+        if not reached.all():
+            out[~reached] = 0
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.block_map, ctx.scale = block_map, scale
         return out, lse
@@ -198,10 +196,10 @@ class _Gathered(torch.autograd.Function):
         d_q = torch.zeros_like(q, dtype=wide)
         d_k, d_v = torch.zeros_like(k, dtype=wide).flatten(0, 2), torch.zeros_like(v, dtype=wide).flatten(0, 2)
         d_bias = None if bias is None or not ctx.needs_input_grad[3] else torch.zeros_like(bias, dtype=wide)
-        flat = _Flat(k, v, bias)
+        flat, scratch = _Flat(k, v, bias), Scratch()
         for group in _groups(ctx.block_map, k, v, q.shape[3]):
             at = flat.rows(group)
-            keys, values = (z.to(wide) for z in flat.keys(group, at))
+            keys, values = (z.to(wide) for z in flat.keys(at, group.key_blocks.shape[1], scratch))
             place = (group.batch, group.head, group.block)
             queries, g_out, norm = q[place].to(wide), grad_out[place].to(wide), lse[place].unsqueeze(-1)
             scores = torch.bmm(queries * ctx.scale, keys.transpose(1, 2))
@@ -216,7 +214,7 @@ class _Gathered(torch.autograd.Function):
             if d_bias is not None:
                 d_bias = _add_bias(d_bias, group, d_scores)
         d_k, d_v = d_k.view_as(k).to(k.dtype), d_v.view_as(v).to(v.dtype)
-        return d_q.to(q.dtype), d_k, d_v, None if d_bias is None else d_bias.to(bias.dtype), None, None
+        return d_q.to(q.dtype), d_k, d_v, None if d_bias is None else d_bias.to(bias.dtype), None, None, None
 
 
 def _add_bias(d_bias: Tensor, group: _Group, d_scores: Tensor) -> Tensor:

@@ -51,12 +51,28 @@ class MathSpec(KernelSpec):
 def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = (q.to(wide) * scale) @ inputs.k.to(wide).transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
-    lse = _logsumexp(scores) if mask is not None and torch.is_grad_enabled() else scores.logsumexp(dim=-1)
-    # a row without any key has lse = -inf: its weights are 0, not NaN
-    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
+    if not torch.is_grad_enabled() and not followed():
+        weights, lse = _weights(scores, mask)
+    else:
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
+        lse = _logsumexp(scores) if mask is not None and torch.is_grad_enabled() else scores.logsumexp(dim=-1)
+        # a row without any key has lse = -inf: its weights are 0, not NaN
+        weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
     return (weights @ inputs.v.to(wide)).to(q.dtype), lse
+
+
+def _weights(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights and log-sum-exp in few passes; scores are overwritten."""
+    if mask is None:
+        weights, top = scores.softmax(-1), scores.amax(-1)
+        # the largest weight is that of the largest score
+        return weights, top - weights.amax(-1).log()
+    scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
+    weights, top = scores.softmax(-1), scores.amax(-1)
+    none = top == float("-inf")
+    weights.masked_fill_(none.unsqueeze(-1), 0.0)
+    return weights, (top - weights.amax(-1).log()).masked_fill(none, float("-inf"))
 
 
 def _logsumexp(scores: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from .orders import Place
 from .scene import Scene
 from .states import first_order
 
-SCORE_BYTES = {"cpu": 1 << 23}
+SCORE_BYTES = {"cpu": 1 << 22}
 """Bytes of scores against block means held at a time, per kind of device."""
 SCORE_BYTES_ELSEWHERE = 1 << 29
 
@@ -125,11 +125,10 @@ def far_steps(scene: Scene, most: int) -> Iterator[tuple[int, int]]:
 
 def merge(near: Tensor, lse: Tensor, far: Tensor, far_lse: Tensor) -> Tensor:
     """One softmax from two over disjoint keys: (B, heads, n, D) with log-sum-exp (B, heads, n). No key at all: zeros."""
-    top = torch.maximum(lse, far_lse)
-    top = top.masked_fill(top == float("-inf"), 0.0).detach()
-    one, two = (lse - top).exp().unsqueeze(-1), (far_lse - top).exp().unsqueeze(-1)
-    total = (one + two).clamp(min=torch.finfo(one.dtype).tiny)
-    return ((one * near.to(one.dtype) + two * far.to(one.dtype)) / total).to(near.dtype)
+    # filled before: a difference of infinities has no gradient that a mask behind it would stop
+    neither = (lse == float("-inf")) & (far_lse == float("-inf"))
+    share = (far_lse - lse).masked_fill(neither, 0.0).sigmoid().unsqueeze(-1)
+    return torch.lerp(near.to(share.dtype), far.to(share.dtype), share).to(near.dtype)
 
 
 class _Mean(nn.Module):
@@ -144,7 +143,7 @@ class _Mean(nn.Module):
         keys, counts = scene.k_means[:, :, :most], scene.counts[:, :, :most]
         values = scene.v_sums[:, :, :most] / counts.clamp(min=1)
         state = self._state(scene, counts)
-        parts = []
+        parts, learns = [], torch.is_grad_enabled()
         for lo, hi in far_steps(scene, most):
             tokens = slice(starts[lo], starts[hi])
 
@@ -152,8 +151,8 @@ class _Mean(nn.Module):
                 return _against_means(q, k, v, counts, block_map, lo, hi, scene.scale)
 
             given = (scene.q[:, :, tokens], keys, values)
-            learns = torch.is_grad_enabled() and any(z.requires_grad for z in given)
-            found, found_lse = checkpoint(far, *given, use_reentrant=False) if learns else far(*given)
+            again = learns and any(z.requires_grad for z in given)
+            found, found_lse = checkpoint(far, *given, use_reentrant=False) if again else far(*given)
             y = merge(near[:, :, tokens], lse[:, :, tokens], found, found_lse)
             if state is not None:
                 # filled before and after: a difference of infinities has no gradient that a mask would stop
@@ -161,8 +160,11 @@ class _Mean(nn.Module):
                 share = found_lse.masked_fill(none, 0.0)
                 mass = (share - torch.logaddexp(share, lse[:, :, tokens])).exp().masked_fill(none, 0.0).unsqueeze(-1)
                 y = y + (mass * (scene.q[:, :, tokens].to(state.dtype) @ state)).to(y.dtype)
-            parts.append(y)
-        return torch.cat(parts, dim=2)
+            if learns:
+                parts.append(y)
+            else:
+                near[:, :, tokens] = y
+        return torch.cat(parts, dim=2) if learns else near
 
     def _state(self, scene: Scene, counts: Tensor) -> Tensor | None:
         """``(s / N) sum_j H_j``, (B, heads, D, Dv)."""
@@ -178,10 +180,11 @@ def _against_means(
     """Queries of blocks lo..hi against the means of the blocks they did not select: output and log-sum-exp."""
     chosen = block_map.rows(lo, hi)[..., : k.shape[2]]
     sizes = torch.tensor(block_map.queries.sizes[lo:hi], device=q.device)
-    unseen = (~chosen).repeat_interleave(sizes, dim=2)
-    bias = torch.zeros(unseen.shape, device=q.device, dtype=k.dtype).masked_fill(~unseen, float("-inf"))
     weight = counts.to(k.dtype).log().transpose(-1, -2)
-    out, lse = attend(q.to(k.dtype), k, v, bias=bias, log_weight=weight, scale=scale, return_lse=True, kernel="math")
+    # a row per query block until the last moment
+    weight = weight.expand(-1, -1, hi - lo, -1).masked_fill(chosen, float("-inf"))
+    bias = weight.repeat_interleave(sizes, dim=2, output_size=q.shape[2])
+    out, lse = attend(q.to(k.dtype), k, v, bias=bias, scale=scale, return_lse=True)
     return out, lse
 
 

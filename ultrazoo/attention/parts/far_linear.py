@@ -17,7 +17,7 @@ from torch.nn.functional import relu
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels.block_map import BlockMap
-from ...ops.blocks import padded, unpadded
+from ...ops.blocks import Blocks, padded, unpadded
 from ...ops.init import Constant, marked
 from ...spec import Site, option
 from .far import FarSpec
@@ -33,6 +33,9 @@ GROUPS = 16
 """Most such groups."""
 CHOSEN = 1 << 24
 """Block pairs chosen at a time, over batch and heads."""
+READ_BYTES = {"cpu": 1 << 21}
+"""Bytes of queries that read states at a time without gradients, per kind of device."""
+READ_BYTES_ELSEWHERE = 1 << 28
 
 
 def query_groups(blocks: int) -> list[tuple[int, int]]:
@@ -125,23 +128,35 @@ class _Linear(nn.Module):
         total = None
         if self.spec.keys == "all":
             total = self._state(scene, scene.k, scene.v, centre, 0, scene.place.keys.count)
-        blocks, parts = scene.place.queries, []
-        learns = torch.is_grad_enabled()
+        blocks = scene.place.queries
+        if not torch.is_grad_enabled():
+            for lo, hi in query_groups(blocks.count):
+                states = total or self._left(scene, scene.k, scene.v, centre, block_map, lo, hi)
+                self._fill(near, scene, states, lo, hi)
+            return near
+        parts = []
         for lo, hi in query_groups(blocks.count):
             tokens = slice(blocks.starts[lo], blocks.starts[hi])
 
             def far(q: Tensor, k: Tensor, v: Tensor, lo: int = lo, hi: int = hi) -> Tensor:
-                if total is not None:
-                    state, weight = total
-                    return self._read(q, state, weight)
-                state, weight = self._left(scene, k, v, centre, block_map, lo, hi)
-                some = blocks.between(lo, hi)
-                return unpadded(self._read(padded(q, some), state, weight), some)
+                states = total or self._left(scene, k, v, centre, block_map, lo, hi)
+                return self._read(q, blocks.between(lo, hi), *states)
 
-            given = (scene.q[:, :, tokens], scene.k, scene.v)
-            found = checkpoint(far, *given, use_reentrant=False) if learns else far(*given)
+            found = checkpoint(far, scene.q[:, :, tokens], scene.k, scene.v, use_reentrant=False)
             parts.append(self._join(near[:, :, tokens], found).to(near.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _fill(self, near: Tensor, scene: Scene, states: tuple[Tensor, Tensor], lo: int, hi: int) -> None:
+        """The sum for query blocks lo..hi in the place of `near`, in pieces that stay in a cache."""
+        blocks, row = scene.place.queries, near.shape[0] * near.shape[1] * near.shape[3] * 4
+        most = READ_BYTES.get(near.device.type, READ_BYTES_ELSEWHERE)
+        step = max(1, most // (row * blocks.largest))
+        for start in range(lo, hi, step):
+            end = min(start + step, hi)
+            tokens = slice(blocks.starts[start], blocks.starts[end])
+            some = [z if self.spec.keys == "all" else z[:, :, start - lo : end - lo] for z in states]
+            found = self._read(scene.q[:, :, tokens], blocks.between(start, end), *some)
+            near[:, :, tokens] = self._join(near[:, :, tokens], found).to(near.dtype)
 
     def _join(self, near: Tensor, far: Tensor) -> Tensor:
         """fp32 or wider, whatever the parameters are in."""
@@ -220,12 +235,14 @@ class _Linear(nn.Module):
             scores = scene.scores(lo, hi)
         return largest(scores, most - kept(self.spec.skip, most, least=0, down=True)) & ~chosen
 
-    def _read(self, q: Tensor, state: Tensor, weight: Tensor) -> Tensor:
-        """Queries (…, n, D) read a state (…, D, Dv) and a sum of features (…, D, 1): (…, n, Dv)."""
-        features = self.phi(q.to(state.dtype))
+    def _read(self, q: Tensor, blocks: Blocks, state: Tensor, weight: Tensor) -> Tensor:
+        """Queries (B, heads, n, D) of `blocks` read a state (…, D, Dv) and a sum of features (…, D, 1), which are one for all
+        keys or one per query block: (B, heads, n, Dv)."""
+        by_block = self.spec.keys == "complement"
+        features = self.phi((padded(q, blocks) if by_block else q).to(state.dtype))
         total = features @ weight
         found: Tensor = features @ state / torch.where(total > 0, total + self.spec.eps, torch.ones_like(total))
-        return found
+        return unpadded(found, blocks) if by_block else found
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

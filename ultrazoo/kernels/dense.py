@@ -1,0 +1,95 @@
+"""Dense attention of rows that were put together from lists: what the kernels of block maps do with them.
+
+On a CPU in fp32 or wider these are two matmuls with a softmax between them, on so few rows at a time that their scores stay in
+the processor's cache: torch's fused operator cuts few queries into blocks that its matmuls are slow at. It does 16 bits, where
+it never writes scores down, and rows too long for a cache. Elsewhere plain matmuls: the fused GPU forms give no log-sum-exp
+together with a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.scratch import Scratch
+
+SCORE_BYTES = 4 << 20
+"""Bytes of scores held at a time on a CPU."""
+ROW_BYTES = 1 << 23
+"""Scores of one row from which on they have left any cache."""
+
+
+def rows_at_once(q: Tensor, keys: int) -> int:
+    """How many rows of q (rows, m, D) to give to `dense` at a time, with so many keys each."""
+    if q.device.type != "cpu":
+        return len(q)
+    # whole rounds of threads, each of which multiplies the matrices of one row
+    threads = torch.get_num_threads()
+    return max(1, SCORE_BYTES // (threads * q.shape[1] * keys * max(4, q.element_size()))) * threads
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, out: Tensor, scratch: Scratch, lse: bool
+) -> Tensor | None:
+    """Attention of q (rows, m, D) over k (rows, n, D) and v (rows, n, Dv) with `added` (rows, 1, n) in the scores, written to
+    `out` (rows, m, Dv); the log-sum-exp (rows, m), where asked at the least. No key at all: zeros and minus infinity.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if q.device.type != "cpu":
+        return _plain(q, k, v, added, scale, out)
+    long = q.shape[1] * k.shape[1] * wide.itemsize > ROW_BYTES
+    if k.shape[-1] == v.shape[-1] and (q.dtype != wide or long):
+        return _fused(q, k, v, added, scale, out)
+    return _in_cache(q, k, v, added, scale, out, scratch, lse)
+
+
+def _in_cache(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, out: Tensor, scratch: Scratch, lse: bool
+) -> Tensor | None:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    shape = (*q.shape[:2], k.shape[1])
+    q = q.to(wide)
+    scaled = q if scale == 1 else torch.mul(q, scale, out=scratch("scaled", q.shape, q))
+    scores = torch.bmm(scaled, k.to(wide).transpose(1, 2), out=scratch("scores", shape, q, wide))
+    none = None
+    if added is not None:
+        scores.add_(added)
+        none = (added == float("-inf")).all(-1)  # (rows, 1)
+    weights = torch.softmax(scores, -1, out=scratch("weights", shape, q, wide))
+    if none is not None and none.any():
+        weights.masked_fill_(none.unsqueeze(-1), 0.0)
+    if out.dtype == wide:
+        torch.bmm(weights, v.to(wide), out=out)
+    else:
+        out.copy_(torch.bmm(weights, v.to(wide)))
+    if not lse:
+        return None
+    # the largest weight is that of the largest score
+    norm = scores.amax(-1) - weights.amax(-1).log()
+    return norm if none is None else norm.masked_fill(none, float("-inf"))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, out: Tensor) -> Tensor:
+    mask = None if added is None else added.unsqueeze(1)
+    streams = (z.unsqueeze(1) for z in (q, k, v))
+    found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *streams, 0.0, False, attn_mask=mask, scale=scale
+    )
+    out.copy_(found.squeeze(1))
+    lse = lse.squeeze(1)
+    # the operator says 0 where no key counts
+    return lse if added is None else lse.masked_fill((added == float("-inf")).all(-1), float("-inf"))  # type: ignore[no-any-return]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, out: Tensor) -> Tensor:
+    """One tensor of scores, which becomes that of the weights."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q.to(wide) * scale, k.to(wide).transpose(1, 2))
+    if added is not None:
+        scores.add_(added)
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out.copy_(torch.bmm(weights, v.to(wide)).div_(total.clamp(min=torch.finfo(wide).tiny)))
+    return (top + total.log()).squeeze(-1)
