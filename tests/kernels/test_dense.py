@@ -77,11 +77,16 @@ def test_which_form(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, keys: i
 
 
 def test_rows_come_in_rounds_of_threads() -> None:
-    q = torch.empty(64, 64, SIZE)
     threads = torch.get_num_threads()
-    assert module.rows_at_once(q, 1024) == max(threads, module.SCORE_BYTES // (64 * 1024 * 4) // threads * threads)
-    assert module.rows_at_once(q, 1 << 24) == threads
-    assert module.rows_at_once(q.to("meta"), 1024) == 64
+    row = 64 * 1024 * 4
+    for rows in (1, 7, 42, 64):
+        step = module.rows_at_once(torch.empty(rows, 64, SIZE), 1024)
+        assert step % threads == 0
+        assert step <= max(threads, module.SCORE_BYTES // row)
+        # the last step is no more than a round short of the others
+        assert rows <= step or (-rows) % step < threads * -(-rows // step)
+    assert module.rows_at_once(torch.empty(64, 64, SIZE), 1 << 24) == threads
+    assert module.rows_at_once(torch.empty(64, 64, SIZE, device="meta"), 1024) == 64
 
 
 def test_scratch_is_used_again() -> None:

@@ -29,7 +29,7 @@ PIECE_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
 """Bytes of answers that wait for their sum, per kind of device."""
 GROUP_BYTES = {"cpu": 2 << 20, "cuda": 1 << 29}
 """Bytes of gathered queries and scores made at a time, per kind of device."""
-SPREAD = 1.15
+SPREAD = 1.25
 """Numbers of queries in one group differ by at most this factor: missing ones are filled and left out."""
 
 
@@ -141,10 +141,14 @@ def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _
 def _spans(sizes: list[int], most: int) -> list[tuple[int, int]]:
     """Descending numbers of queries → ranges of blocks that make groups: none is empty, about `most` queries in each."""
     found, lo, end = [], 0, sum(size > 0 for size in sizes)
+    # each multiplies the matrices of one block
+    threads = torch.get_num_threads()
     while lo < end:
         hi = lo + 1
         while hi < end and (hi - lo + 1) * sizes[lo] <= most and sizes[hi] * SPREAD >= sizes[lo]:
             hi += 1
+        if hi - lo > threads:
+            hi -= (hi - lo) % threads
         found.append((lo, hi))
         lo = hi
     return found

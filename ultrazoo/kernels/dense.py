@@ -23,9 +23,10 @@ def rows_at_once(q: Tensor, keys: int) -> int:
     """How many rows of q (rows, m, D) to give to `dense` at a time, with so many keys each."""
     if q.device.type != "cpu":
         return len(q)
-    # whole rounds of threads, each of which multiplies the matrices of one row
+    # whole rounds of threads, each of which multiplies the matrices of one row; no small rest at the end
     threads = torch.get_num_threads()
-    return max(1, SCORE_BYTES // (threads * q.shape[1] * keys * max(4, q.element_size()))) * threads
+    most = max(1, SCORE_BYTES // (threads * q.shape[1] * keys * max(4, q.element_size()))) * threads
+    return -(-len(q) // (-(-len(q) // most) * threads)) * threads
 
 
 def dense(

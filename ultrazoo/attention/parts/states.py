@@ -43,6 +43,8 @@ def _centred(scene: Scene, k: Tensor, means: Tensor, lo: int, hi: int) -> Tensor
     """Keys of blocks lo..hi less their block's mean, zeros where there is no valid key: (B, heads, blocks, largest, D)."""
     blocks, valid = scene.place.keys, scene.key_valid
     keys = in_blocks(k, blocks, lo, hi, valid)
+    if valid is None and blocks.uniform:
+        return keys - means[:, :, lo:hi, None]
     ones = means.new_ones(1 if valid is None else k.shape[0], 1, blocks.tokens, 1)
     return keys - means[:, :, lo:hi, None] * in_blocks(ones, blocks, lo, hi, valid)
 
