@@ -211,7 +211,7 @@ def _orders(block: SparseVideoGenAttention, q: Tensor, k: Tensor, v: Tensor, cal
     spec: Any = block.spec
     grid = Grid(*call.grid)
     heads = [_by_head(z, block.site.head_dim).transpose(1, 2) for z in (q, k, v)]
-    order = torch.as_tensor(columns(grid, 1)[0])
+    order = torch.as_tensor(columns(grid, 1)[0], device=q.device)
     return block._choose(*heads, None, grid, even_blocks(grid.tokens, spec.block), order)
 
 

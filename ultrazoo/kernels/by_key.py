@@ -118,7 +118,8 @@ def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _
     numbers = chosen.sum(0)
     by_number = numbers.argsort(descending=True, stable=True)
     sizes = numbers[by_number].tolist()
-    spans = _spans(sizes, max(1, GROUP_BYTES.get(chosen.device.type, 1 << 28) // (4 * dim)))
+    threads = torch.get_num_threads() if chosen.device.type == "cpu" else 1
+    spans = _spans(sizes, max(1, GROUP_BYTES.get(chosen.device.type, 1 << 28) // (4 * dim)), threads)
     # the first slot of each block's answers; the choices of a block, in the order of its queries, follow it
     begins, slots = [0] * blocks, 0
     for lo, hi in spans:
@@ -138,11 +139,10 @@ def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _
     return _Piece(slice(first, first + rows), row, slot, counts.cumsum(0) - counts, slots, groups)
 
 
-def _spans(sizes: list[int], most: int) -> list[tuple[int, int]]:
-    """Descending numbers of queries → ranges of blocks that make groups: none is empty, about `most` queries in each."""
+def _spans(sizes: list[int], most: int, threads: int) -> list[tuple[int, int]]:
+    """Descending numbers of queries → ranges of blocks that make groups: none is empty, about `most` queries in each, and
+    as many blocks for each of the threads, which multiply the matrices of one block at a time."""
     found, lo, end = [], 0, sum(size > 0 for size in sizes)
-    # each multiplies the matrices of one block
-    threads = torch.get_num_threads()
     while lo < end:
         hi = lo + 1
         while hi < end and (hi - lo + 1) * sizes[lo] <= most and sizes[hi] * SPREAD >= sizes[lo]:

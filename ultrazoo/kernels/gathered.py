@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..ops.blocks import block_valid, padded, unpadded
 from ..ops.graphs import outside_graphs
@@ -189,6 +190,7 @@ class _Gathered(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
         grad_out, grad_lse = grads
