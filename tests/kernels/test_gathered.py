@@ -274,3 +274,14 @@ def test_a_bias_of_queries_is_refused() -> None:
     call = asked("even", torch.float32)
     with pytest.raises(KernelError, match="gathered: takes no bias"):
         attend(call.q, call.k, call.v, bias=torch.zeros(24, 24), block_map=call.map())
+
+
+def test_second_derivatives() -> None:
+    call = asked("single keys")
+    leaves = [z.requires_grad_() for z in (call.q, call.k, call.v)]
+
+    def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        call.q, call.k, call.v = q, k, v
+        return call.run()[0]
+
+    assert torch.autograd.gradgradcheck(output, leaves, fast_mode=True)

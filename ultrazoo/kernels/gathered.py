@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops.blocks import block_valid, padded, unpadded
 from ..ops.graphs import outside_graphs
@@ -120,12 +119,12 @@ class _Flat:
         outer = group.batch * self.heads + group.head
         return (outer[:, None] * self.count + group.key_blocks).flatten()
 
-    def keys(self, flat: Tensor, width: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    def keys(self, flat: Tensor, width: int, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
         """k and v of lists of `width` blocks: (rows, width * slots, D)."""
         found = []
         for name, z in (("k", self.k), ("v", self.v)):
-            blocks = torch.index_select(z, 0, flat, out=scratch(name, (len(flat), *z.shape[1:]), z))
-            found.append(blocks.view(len(flat) // width, -1, z.shape[-1]))
+            into = None if scratch is None else scratch(name, (len(flat), *z.shape[1:]), z)
+            found.append(torch.index_select(z, 0, flat, out=into).view(len(flat) // width, -1, z.shape[-1]))
         return found[0], found[1]
 
     def bias_of(self, group: _Group) -> Tensor | None:
@@ -190,7 +189,6 @@ class _Gathered(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
         grad_out, grad_lse = grads
@@ -198,10 +196,10 @@ class _Gathered(torch.autograd.Function):
         d_q = torch.zeros_like(q, dtype=wide)
         d_k, d_v = torch.zeros_like(k, dtype=wide).flatten(0, 2), torch.zeros_like(v, dtype=wide).flatten(0, 2)
         d_bias = None if bias is None or not ctx.needs_input_grad[3] else torch.zeros_like(bias, dtype=wide)
-        flat, scratch = _Flat(k, v, bias), Scratch()
+        flat = _Flat(k, v, bias)
         for group in _groups(ctx.block_map, k, v, q.shape[3]):
             at = flat.rows(group)
-            keys, values = (z.to(wide) for z in flat.keys(at, group.key_blocks.shape[1], scratch))
+            keys, values = (z.to(wide) for z in flat.keys(at, group.key_blocks.shape[1]))
             place = (group.batch, group.head, group.block)
             queries, g_out, norm = q[place].to(wide), grad_out[place].to(wide), lse[place].unsqueeze(-1)
             scores = torch.bmm(queries * ctx.scale, keys.transpose(1, 2))
