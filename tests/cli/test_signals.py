@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import TINY
-from tests.cli.program import apart, here, start
+from tests.cli.program import apart, environment, here, start
 
 SLOW = (
     TINY.replace("name: tiny", "name: slow")
@@ -118,3 +119,14 @@ def test_interrupt_while_torch_is_imported(place):
     # which a shell shows as 130 too
     assert process.returncode in (0, 130, -signal.SIGINT), err
     assert "Traceback" not in err
+
+
+def test_an_interrupt_inside_generated_code_is_130_too(tmp_path):
+    """An interpreter remembers such an interrupt, caught or not."""
+    (tmp_path / "inside.py").write_text(
+        "import sys\nfrom ultrazoo import cli\n"
+        "cli._run = lambda arguments: exec('raise KeyboardInterrupt')\nsys.exit(cli.main([]))\n"
+    )
+    program = [sys.executable, "-m", "inside"]
+    done = subprocess.run(program, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

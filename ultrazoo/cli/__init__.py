@@ -96,6 +96,10 @@ def _explain(error: Exception, debug: bool) -> tuple[str, int]:
 
 def _say(message: str, code: int, debug: bool) -> int:
     """Print `message` on stderr, after the traceback when asked for, and hand back `code`."""
+    if code == INTERRUPTED:
+        # an interpreter that an interrupt met inside source given to exec, as code generators do, remembers it and ends by the
+        # signal, with -2 and not 130, although it was caught here; any other source makes it forget
+        eval("None")  # noqa: S307 - a constant
     try:
         if debug and code != INTERRUPTED:
             import traceback
