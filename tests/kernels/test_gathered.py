@@ -285,3 +285,14 @@ def test_second_derivatives() -> None:
         return call.run()[0]
 
     assert torch.autograd.gradgradcheck(output, leaves, fast_mode=True)
+
+
+def test_a_weight_that_learns_alone() -> None:
+    """Gradients of log_weight where q, k and v have none: the backward needs the log-sum-exp all the same."""
+    call = asked("ragged", weighted=True)
+    assert call.log_weight is not None
+    weight = call.log_weight.requires_grad_()
+    found = attend(call.q, call.k, call.v, log_weight=weight, block_map=call.map(), kernel="gathered")
+    assert isinstance(found, Tensor)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), weight)[0] for out in (found, call.dense()[0]))
+    assert_close("log_weight", ours, theirs, 1e-12)

@@ -44,7 +44,8 @@ class GatheredSpec(KernelSpec):
         scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
         q = padded(inputs.q, block_map.queries)
         k, v = padded(inputs.k, block_map.keys), padded(inputs.v, block_map.keys)
-        wants_lse = inputs.return_lse or inputs.needs_grad
+        # the backward's, too, whichever input learns
+        wants_lse = inputs.return_lse or torch.is_grad_enabled()
         out, lse = _Gathered.apply(q, k, v, key_bias(inputs), block_map, scale, wants_lse)  # type: ignore[no-untyped-call]
         y = unpadded(out, block_map.queries)
         return y, unpadded(lse, block_map.queries) if inputs.return_lse else None
