@@ -252,7 +252,7 @@ def test_time_beside_the_visited_share(name: str, record: Callable[[Row], None],
     assert 0 < float(row.numbers["share"]) < 1
 
 
-COMPILES = (
+ON_FLEX = (
     "block_sparse",
     "nabla",
     "radial",
@@ -266,7 +266,7 @@ COMPILES = (
 """Designs that flex runs on a CPU: lists of blocks, and no log-sum-exp for a far field."""
 
 
-@pytest.mark.parametrize("name", COMPILES)
+@pytest.mark.parametrize("name", ON_FLEX)
 def test_time_compiled(name: str, record: Callable[[Row], None], command: str) -> None:
     found = measured(with_kernel(spec_of(name).expand(SITE), "flex"))
     row = _row(name, f"time of {name} at 8x32x32, forward, compiled", found, "float32", COMPILED, command)
