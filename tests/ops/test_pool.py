@@ -77,17 +77,49 @@ def test_nearest_multiple_rounds_ties_down(length: int, count: int, nearest: int
     assert pool.nearest_multiple(length, count) == nearest
 
 
-@pytest.mark.parametrize("grid", [(1, 3, 4), (2, 5, 3), (4, 6, 7), (2, 8, 3), (3, 17, 4), (1, 24, 2)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_depthwise_conv3d_frame_by_frame_equals_conv3d(grid: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight, bias = torch.randn(2, *grid, 8), torch.randn(8, 1, 3, 3, 3), torch.randn(8)
-    wide = F.conv3d(x.double().permute(0, 4, 1, 2, 3), weight.double(), bias.double(), padding=1, groups=8)
-    args = [z.to(dtype) for z in (x, weight, bias)]
+CONVOLVED = [(1, 3, 4), (2, 5, 3), (4, 6, 7), (2, 8, 3), (3, 17, 4), (1, 24, 2), (7, 4, 4)]
+CONV_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+def conv3d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Every tap by itself, in fp64: the frames, rows and columns beyond an edge are zero."""
+    full = F.pad(x.double(), (0, 0, 1, 1, 1, 1, 1, 1))
+    found = bias.double().expand(*x.shape).clone()
+    for t, h, w in itertools.product(range(3), repeat=3):
+        moved = full[:, t : t + x.shape[1], h : h + x.shape[2], w : w + x.shape[3]]
+        found += moved * weight[:, 0, t, h, w].double()
+    return found
+
+
+@pytest.mark.parametrize("grid", CONVOLVED, ids=str)
+@pytest.mark.parametrize("dtype", list(CONV_LIMITS), ids=str)
+def test_depthwise_conv3d_is_the_sum_of_its_taps(grid: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, bias = (z.to(dtype) for z in (torch.randn(2, *grid, 8), torch.randn(8, 1, 3, 3, 3), torch.randn(8)))
+    expected = conv3d(x, weight, bias)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            assert error_ratio(pool.depthwise_conv3d(x, weight, bias), expected) < CONV_LIMITS[dtype]
+            # not as it lies in memory
+            turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+            assert error_ratio(pool.depthwise_conv3d(turned, weight, bias), expected) < CONV_LIMITS[dtype]
+    by_frames = pool._frame_by_frame(x.shape, lambda b, t: x[b, t : t + 1], weight, bias)
+    assert error_ratio(by_frames, expected) < CONV_LIMITS[dtype]
+
+
+@pytest.mark.parametrize("grid", CONVOLVED, ids=str)
+@pytest.mark.parametrize("ragged", ["exact", "resize"])
+@pytest.mark.parametrize("dtype", list(CONV_LIMITS), ids=str)
+def test_a_lift_is_convolved_frame_by_frame_as_at_once(
+    grid: tuple[int, ...], ragged: pool.Ragged, dtype: torch.dtype
+) -> None:
+    cell = (1, 2, 3)
+    coarse = [max(1, pool.coarse_size(n, f, ragged)) for n, f in zip(grid, cell, strict=True)]
+    x, weight, bias = (z.to(dtype) for z in (torch.randn(2, *coarse, 8), torch.randn(8, 1, 3, 3, 3), torch.randn(8)))
     with torch.no_grad():
-        by_frames = pool.depthwise_conv3d(*args)
+        found = pool.lift_conv3d(x, cell, grid, weight, bias, ragged)
+        expected = conv3d(pool.lift(x, cell, grid, "bilinear", ragged), weight, bias)
+    assert found.shape == (2, *grid, 8)
+    assert found.dtype == dtype
+    assert error_ratio(found, expected) < CONV_LIMITS[dtype]
     with torch.enable_grad():
-        at_once = pool.depthwise_conv3d(*args)
-    limit = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
-    expected = wide.permute(0, 2, 3, 4, 1)
-    assert error_ratio(by_frames, expected) < limit
-    assert error_ratio(at_once, expected) < limit
+        assert error_ratio(pool.lift_conv3d(x, cell, grid, weight, bias, ragged), expected) < CONV_LIMITS[dtype]

@@ -6,7 +6,8 @@ lists in fp32 or wider (Dao et al., arXiv 2205.14135, for the backward from the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,12 +17,14 @@ from torch import Tensor
 from ..ops.blocks import block_valid, padded, unpadded
 from ..ops.graphs import outside_graphs
 from ..ops.scratch import Scratch
-from .block_map import BlockMap, RowLists, row_lists
+from .block_map import BlockMap, row_lists
 from .dense import dense, rows_at_once
 from .door import Inputs, KernelSpec
 
 GROUP_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
 """Bytes of gathered keys, values and scores per group, per kind of device; never more than all keys and values take."""
+STEP_BYTES = 2 << 20
+"""On a CPU, bytes of queries and output, for which keys are gathered some rows at a time (`rows_at_once`)."""
 SPREAD = 1.15
 """Lists in one group differ in length by at most this factor: shorter ones are filled and masked."""
 
@@ -73,39 +76,64 @@ def key_bias(inputs: Inputs) -> Tensor | None:
 
 @dataclass
 class _Group:
-    """Some rows (batch, head, query block) with lists of similar length."""
+    """Some rows, flat over batch, heads and query blocks, of pairs `outer` of sample and head; and their lists, longest first:
+    `counts` of the columns of `key_blocks` are real."""
 
-    batch: Tensor
-    head: Tensor
-    block: Tensor
+    row: Tensor
+    outer: Tensor
     key_blocks: Tensor
-    real: Tensor | None
+    counts: list[int]
+
+    def part(self, lo: int, hi: int) -> _Group:
+        """Rows lo..hi, in as many columns as they use."""
+        some = slice(lo, hi)
+        return _Group(self.row[some], self.outer[some], self.key_blocks[some, : self.counts[lo]], self.counts[some])
+
+    @property
+    def real(self) -> Tensor | None:
+        """Bool like `key_blocks`: which are of the list; None where all are."""
+        width, device = self.key_blocks.shape[1], self.key_blocks.device
+        if self.counts[-1] == width:
+            return None
+        return torch.arange(width, device=device) < torch.tensor(self.counts, device=device)[:, None]
 
 
-def _groups(block_map: BlockMap, k: Tensor, v: Tensor, query_slots: int) -> Iterator[_Group]:
-    """Every row with a list, in groups of bounded memory; rows without any key block are left out."""
-    batch, heads, _, slots, dim = k.shape
-    per_key = slots * (dim + v.shape[-1] + query_slots) * max(4, k.element_size())
-    most = min(GROUP_BYTES.get(k.device.type, 1 << 28), k.nbytes + v.nbytes)
+def _groups(
+    block_map: BlockMap, batch: int, heads: int, most: int, row_bytes: Callable[[int], int], spread: float
+) -> Iterator[_Group]:
+    """Every row with a list, in groups of up to `most` bytes; rows without any key block are left out.
+
+    `row_bytes`: of a row with that many key blocks. `spread`: lists of one group differ in length by at most that factor.
+    """
     for lo, hi in block_map.chunks():
         lists = row_lists(block_map.rows(lo, hi), batch, heads)
         order = lists.counts.argsort(descending=True, stable=True)
         counts = lists.counts[order].tolist()
         at, end = 0, sum(count > 0 for count in counts)
         while at < end:
-            width = counts[at]
-            rows = max(1, most // (width * per_key))
+            rows = max(1, most // row_bytes(counts[at]))
             stop = at + 1
-            while stop < end and stop - at < rows and counts[stop] * SPREAD >= width:
+            while stop < end and stop - at < rows and counts[stop] * spread >= counts[at]:
                 stop += 1
-            yield _group(lists, order[at:stop], width, counts[stop - 1] < width, hi - lo, heads, lo)
+            some = order[at:stop]
+            outer, block = some // (hi - lo), some % (hi - lo) + lo
+            table = lists.table(some, counts[at])[0]
+            yield _Group(outer * block_map.queries.count + block, outer, table, counts[at:stop])
             at = stop
 
 
-def _group(lists: RowLists, rows: Tensor, width: int, uneven: bool, chunk: int, heads: int, lo: int) -> _Group:
-    table, real = lists.table(rows, width)
-    outer, block = rows // chunk, rows % chunk + lo
-    return _Group(outer // heads, outer % heads, block, table, real if uneven else None)
+def _at_once(block_map: BlockMap, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Group]:
+    """Groups whose keys, values and scores are all there at a time."""
+    batch, heads, _, slots, dim = k.shape
+    most = min(GROUP_BYTES.get(k.device.type, 1 << 28), k.nbytes + v.nbytes)
+    per_block = slots * (dim + v.shape[-1] + q.shape[3]) * max(4, k.element_size())
+    return _groups(block_map, batch, heads, most, lambda width: width * per_block, SPREAD)
+
+
+def _in_steps(block_map: BlockMap, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Group]:
+    """Groups whose queries, output and lists are there at a time, whatever their lengths."""
+    row = q.shape[3] * (q.shape[-1] + v.shape[-1]) * q.element_size()
+    return _groups(block_map, *k.shape[:2], STEP_BYTES, lambda width: row + 16 * width, math.inf)
 
 
 class _Flat:
@@ -116,33 +144,32 @@ class _Flat:
         self.k, self.v, self.bias = k.reshape(-1, *k.shape[3:]), v.reshape(-1, *v.shape[3:]), bias
 
     def rows(self, group: _Group) -> Tensor:
-        """Flat block indices of the group's lists, (rows * width,)."""
-        outer = group.batch * self.heads + group.head
-        return (outer[:, None] * self.count + group.key_blocks).flatten()
+        """Flat block indices of the group's lists, (rows, width)."""
+        return group.outer[:, None] * self.count + group.key_blocks
 
-    def keys(self, flat: Tensor, width: int, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-        """k and v of lists of `width` blocks: (rows, width * slots, D)."""
-        found = []
+    def keys(self, rows: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+        """k and v of the blocks `rows` (rows, width): (rows, width * slots, D)."""
+        found, at = [], rows.flatten()
         for name, z in (("k", self.k), ("v", self.v)):
-            into = None if scratch is None else scratch(name, (len(flat), *z.shape[1:]), z)
-            found.append(torch.index_select(z, 0, flat, out=into).view(len(flat) // width, -1, z.shape[-1]))
+            into = None if scratch is None else scratch(name, (len(at), *z.shape[1:]), z)
+            found.append(torch.index_select(z, 0, at, out=into).view(len(rows), -1, z.shape[-1]))
         return found[0], found[1]
 
     def bias_of(self, group: _Group) -> Tensor | None:
         """(rows, 1, width * slots) to add to the scores, None where there is nothing."""
-        if self.bias is None and group.real is None:
+        real = group.real
+        if self.bias is None and real is None:
             return None
         slots = self.k.shape[1]
         if self.bias is None:
-            assert group.real is not None
+            assert real is not None
             wide = torch.promote_types(self.k.dtype, torch.float32)
-            zeros = torch.zeros(group.real.shape, device=self.k.device, dtype=wide)
-            masked = zeros.masked_fill(~group.real, float("-inf"))
+            zeros = torch.zeros(real.shape, device=self.k.device, dtype=wide)
+            masked = zeros.masked_fill(~real, float("-inf"))
             return masked.repeat_interleave(slots, dim=1).unsqueeze(1)
-        head = group.head if self.bias.shape[1] > 1 else torch.zeros_like(group.head)
-        bias = self.bias[group.batch[:, None], head[:, None], group.key_blocks]
-        if group.real is not None:
-            bias = bias.masked_fill(~group.real[..., None], float("-inf"))
+        bias = self.bias[(*_sample_and_head(group, self.heads, self.bias), group.key_blocks)]
+        if real is not None:
+            bias = bias.masked_fill(~real[..., None], float("-inf"))
         return bias.flatten(1).unsqueeze(1)
 
 
@@ -164,27 +191,33 @@ class _Gathered(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty(*q.shape[:4], v.shape[-1])
         lse = torch.full(q.shape[:4] if wants_lse else (0,), float("-inf"), device=q.device, dtype=wide)
-        reached = torch.zeros(q.shape[:3], device=q.device, dtype=torch.bool)
+        reached = torch.zeros(math.prod(q.shape[:3]), device=q.device, dtype=torch.bool)
         flat, scratch = _Flat(k, v, bias), Scratch()
-        for group in _groups(block_map, k, v, q.shape[3]):
-            place = (group.batch, group.head, group.block)
-            queries, at, added = q[place], flat.rows(group), flat.bias_of(group)
+        flat_q, flat_out, flat_lse = q.flatten(0, 2), out.flatten(0, 2), lse.flatten(0, 2) if wants_lse else lse
+        groups = _in_steps if q.device.type == "cpu" else _at_once
+        for group in groups(block_map, q, k, v):
+            queries = torch.index_select(flat_q, 0, group.row, out=scratch("q", (len(group.row), *q.shape[3:]), q))
+            if q.dtype == wide:
+                # here once; in 16 bits it would round
+                queries, scale_left = queries.mul_(scale), 1.0
+            else:
+                scale_left = scale
             found = scratch("found", (*queries.shape[:2], v.shape[-1]), q)
-            norms = []
-            width = group.key_blocks.shape[1]
-            step = rows_at_once(queries, width * k.shape[3])
-            for lo in range(0, len(queries), step):
-                some = slice(lo, lo + step)
-                keys, values = flat.keys(at[lo * width : (lo + step) * width], width, scratch)
-                some_added = None if added is None else added[some]
-                norms.append(dense(queries[some], keys, values, some_added, scale, found[some], scratch, wants_lse))
-            out[place] = found
-            reached[place] = True
+            at, norms, lo = flat.rows(group), [], 0
+            while lo < len(queries):
+                hi = lo + rows_at_once(queries[lo:], group.counts[lo] * k.shape[3])
+                part = group.part(lo, hi)
+                keys, values = flat.keys(at[lo:hi, : part.counts[0]], scratch)
+                added, into = flat.bias_of(part), found[lo:hi]
+                norms.append(dense(queries[lo:hi], keys, values, added, scale_left, into, scratch, wants_lse))
+                lo = hi
+            flat_out.index_copy_(0, group.row, found)
+            reached[group.row] = True
             if wants_lse:
-                lse[place] = torch.cat([norm for norm in norms if norm is not None])
+                flat_lse.index_copy_(0, group.row, torch.cat([norm for norm in norms if norm is not None]))
         # rows without any key block
         if not reached.all():
-            out[~reached] = 0
+            flat_out[~reached] = 0
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.block_map, ctx.scale = block_map, scale
         return out, lse
@@ -194,34 +227,42 @@ class _Gathered(torch.autograd.Function):
         q, k, v, bias, out, lse = ctx.saved_tensors
         grad_out, grad_lse = grads
         wide = lse.dtype
-        d_q = torch.zeros_like(q, dtype=wide)
         d_k, d_v = torch.zeros_like(k, dtype=wide).flatten(0, 2), torch.zeros_like(v, dtype=wide).flatten(0, 2)
         d_bias = None if bias is None or not ctx.needs_input_grad[3] else torch.zeros_like(bias, dtype=wide)
         flat = _Flat(k, v, bias)
-        for group in _groups(ctx.block_map, k, v, q.shape[3]):
-            at = flat.rows(group)
-            keys, values = (z.to(wide) for z in flat.keys(at, group.key_blocks.shape[1]))
-            place = (group.batch, group.head, group.block)
-            queries, g_out, norm = q[place].to(wide), grad_out[place].to(wide), lse[place].unsqueeze(-1)
+        flat_q, flat_out, flat_lse, flat_given = (z.flatten(0, 2) for z in (q, out, lse, grad_out))
+        d_q = torch.zeros_like(flat_q, dtype=wide)
+        for group in _at_once(ctx.block_map, q, k, v):
+            rows, row = flat.rows(group), group.row
+            keys, values = (z.to(wide) for z in flat.keys(rows))
+            queries, g_out, norm = flat_q[row].to(wide), flat_given[row].to(wide), flat_lse[row].unsqueeze(-1)
             scores = torch.bmm(queries * ctx.scale, keys.transpose(1, 2))
             added = flat.bias_of(group)
             scores = scores if added is None else scores + added
             weights = (scores - norm.masked_fill(norm == float("-inf"), 0.0)).exp()
-            along = (g_out * out[place].to(wide)).sum(-1, keepdim=True) - grad_lse[place].unsqueeze(-1)
+            along = (g_out * flat_out[row].to(wide)).sum(-1, keepdim=True) - grad_lse.flatten(0, 2)[row].unsqueeze(-1)
             d_scores = weights * (torch.bmm(g_out, values.transpose(1, 2)) - along)
-            d_q[place] = torch.bmm(d_scores, keys) * ctx.scale
+            d_q[row] = torch.bmm(d_scores, keys) * ctx.scale
+            at = rows.flatten()
             d_k.index_add_(0, at, torch.bmm(d_scores.transpose(1, 2), queries * ctx.scale).reshape(-1, *k.shape[3:]))
             d_v.index_add_(0, at, torch.bmm(weights.transpose(1, 2), g_out).reshape(-1, *v.shape[3:]))
             if d_bias is not None:
-                d_bias = _add_bias(d_bias, group, d_scores)
+                d_bias = _add_bias(d_bias, group, k.shape[1], d_scores)
         d_k, d_v = d_k.view_as(k).to(k.dtype), d_v.view_as(v).to(v.dtype)
-        return d_q.to(q.dtype), d_k, d_v, None if d_bias is None else d_bias.to(bias.dtype), None, None, None
+        return d_q.view_as(q).to(q.dtype), d_k, d_v, None if d_bias is None else d_bias.to(bias.dtype), None, None, None
 
 
-def _add_bias(d_bias: Tensor, group: _Group, d_scores: Tensor) -> Tensor:
+def _add_bias(d_bias: Tensor, group: _Group, heads: int, d_scores: Tensor) -> Tensor:
     """Add the gradients of the scores of a group's keys to those of the keys' bias."""
     found = d_scores.sum(1).unflatten(1, (group.key_blocks.shape[1], -1))
-    if group.real is not None:
-        found = found.masked_fill(~group.real[..., None], 0.0)
-    head = group.head if d_bias.shape[1] > 1 else torch.zeros_like(group.head)
-    return d_bias.index_put((group.batch[:, None], head[:, None], group.key_blocks), found, accumulate=True)
+    real = group.real
+    if real is not None:
+        found = found.masked_fill(~real[..., None], 0.0)
+    place = (*_sample_and_head(group, heads, d_bias), group.key_blocks)
+    return d_bias.index_put(place, found, accumulate=True)
+
+
+def _sample_and_head(group: _Group, heads: int, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (rows, 1) of the group's rows in a bias (B, heads | 1, ...)."""
+    outer = group.outer[:, None]
+    return outer // heads, outer % heads if bias.shape[1] > 1 else torch.zeros_like(outer)

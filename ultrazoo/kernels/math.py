@@ -45,12 +45,13 @@ class MathSpec(KernelSpec):
             out, lse = _rows(inputs.q[:, :, rows], inputs, part, scale)
             outs.append(out)
             lses.append(lse)
-        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, dim=2), torch.cat(lses, dim=2))
 
 
 def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q.to(wide) * scale) @ inputs.k.to(wide).transpose(-2, -1)
+    q = q.to(wide)
+    scores = (q if scale == 1 else q * scale) @ inputs.k.to(wide).transpose(-2, -1)
     if not torch.is_grad_enabled() and not followed():
         weights, lse = _weights(scores, mask)
     else:
@@ -59,7 +60,7 @@ def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple
         lse = _logsumexp(scores) if mask is not None and torch.is_grad_enabled() else scores.logsumexp(dim=-1)
         # a row without any key has lse = -inf: its weights are 0, not NaN
         weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
-    return (weights @ inputs.v.to(wide)).to(q.dtype), lse
+    return (weights @ inputs.v.to(wide)).to(inputs.q.dtype), lse
 
 
 def _weights(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,9 @@ def _weights(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
     weights, top = scores.softmax(-1), scores.amax(-1)
     none = top == float("-inf")
-    weights.masked_fill_(none.unsqueeze(-1), 0.0)
+    # not where asking would wait for the device
+    if scores.device.type != "cpu" or none.any():
+        weights.masked_fill_(none.unsqueeze(-1), 0.0)
     return weights, (top - weights.amax(-1).log()).masked_fill(none, float("-inf"))
 
 

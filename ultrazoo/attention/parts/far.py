@@ -123,12 +123,19 @@ def far_steps(scene: Scene, most: int) -> Iterator[tuple[int, int]]:
         yield lo, min(lo + step, place.queries.count)
 
 
-def merge(near: Tensor, lse: Tensor, far: Tensor, far_lse: Tensor) -> Tensor:
-    """One softmax from two over disjoint keys: (B, heads, n, D) with log-sum-exp (B, heads, n). No key at all: zeros."""
+def merge(near: Tensor, lse: Tensor, far: Tensor, far_lse: Tensor, out: Tensor | None = None) -> Tensor:
+    """One softmax from two over disjoint keys: (B, heads, n, D) with log-sum-exp (B, heads, n). No key at all: zeros.
+
+    `out`: where to write it instead, where nothing learns.
+    """
     # filled before: a difference of infinities has no gradient that a mask behind it would stop
     neither = (lse == float("-inf")) & (far_lse == float("-inf"))
     share = (far_lse - lse).masked_fill(neither, 0.0).sigmoid().unsqueeze(-1)
-    return torch.lerp(near.to(share.dtype), far.to(share.dtype), share).to(near.dtype)
+    near, far = near.to(share.dtype), far.to(share.dtype)
+    if out is not None and out.dtype == share.dtype:
+        return torch.lerp(near, far, share, out=out)
+    found = torch.lerp(near, far, share)
+    return found.to(near.dtype) if out is None else out.copy_(found)
 
 
 class _Mean(nn.Module):
@@ -153,17 +160,15 @@ class _Mean(nn.Module):
             given = (scene.q[:, :, tokens], keys, values)
             again = learns and any(z.requires_grad for z in given)
             found, found_lse = checkpoint(far, *given, use_reentrant=False) if again else far(*given)
-            y = merge(near[:, :, tokens], lse[:, :, tokens], found, found_lse)
             if state is not None:
-                # filled before and after: a difference of infinities has no gradient that a mask would stop
-                none = found_lse == float("-inf")
-                share = found_lse.masked_fill(none, 0.0)
-                mass = (share - torch.logaddexp(share, lse[:, :, tokens])).exp().masked_fill(none, 0.0).unsqueeze(-1)
-                y = y + (mass * (scene.q[:, :, tokens].to(state.dtype) @ state)).to(y.dtype)
+                # weighed as the far field's output is: by its part of the denominator
+                more = scene.q[:, :, tokens].to(state.dtype) @ state
+                found = found + more if learns else found.add_(more)
+            some = (near[:, :, tokens], lse[:, :, tokens], found, found_lse)
             if learns:
-                parts.append(y)
+                parts.append(merge(*some))
             else:
-                near[:, :, tokens] = y
+                merge(*some, out=near[:, :, tokens])
         return torch.cat(parts, dim=2) if learns else near
 
     def _state(self, scene: Scene, counts: Tensor) -> Tensor | None:
@@ -184,7 +189,7 @@ def _against_means(
     # a row per query block until the last moment
     weight = weight.expand(-1, -1, hi - lo, -1).masked_fill(chosen, float("-inf"))
     bias = weight.repeat_interleave(sizes, dim=2, output_size=q.shape[2])
-    out, lse = attend(q.to(k.dtype), k, v, bias=bias, scale=scale, return_lse=True)
+    out, lse = attend(q.to(k.dtype), k * scale, v, bias=bias, scale=1.0, return_lse=True)
     return out, lse
 
 
