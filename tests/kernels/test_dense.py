@@ -20,7 +20,7 @@ FORMS: dict[str, Callable[..., Tensor | None]] = {
 }
 
 
-def given(values: int = SIZE, masked: bool = True) -> tuple[Any, ...]:
+def given(values: int = SIZE, masked: bool = True, whole: bool = False) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(values)
     q, k, v = (
         torch.randn(ROWS, n, d, generator=g, dtype=torch.float64)
@@ -28,8 +28,9 @@ def given(values: int = SIZE, masked: bool = True) -> tuple[Any, ...]:
     )
     added = torch.randn(ROWS, 1, KEYS, generator=g, dtype=torch.float64)
     added[:, :, ::3] = float("-inf")
-    # no key at all
-    added[2] = float("-inf")
+    if not whole:
+        # no key at all
+        added[2] = float("-inf")
     return q, k, v, added if masked else None
 
 
@@ -39,14 +40,15 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> tuple[
     return torch.einsum("rmn,rne->rme", weights, v) / total.clamp(min=1e-300)[..., None], total.log()
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "whole"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize(
     ("form", "values"), [("plain", SIZE), ("plain", 5), ("in cache", SIZE), ("in cache", 5), ("fused", SIZE)]
 )
-def test_against_softmax(form: str, values: int, masked: bool) -> None:
-    q, k, v, added = given(values, masked)
+def test_against_softmax(form: str, values: int, masked: bool, whole: bool) -> None:
+    q, k, v, added = given(values, masked, whole)
     out = torch.full((ROWS, QUERIES, values), torch.nan, dtype=torch.float64)
-    lse = FORMS[form](q, k, v, added, SCALE, out, Scratch(), True)
+    more = None if added is None else module.Added(added, whole)
+    lse = FORMS[form](q, k, v, more, SCALE, out, Scratch(), True)
     wanted, wanted_lse = written_out(q, k, v, added)
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-12, atol=1e-13)

@@ -21,7 +21,7 @@ from ..ops.blocks import Blocks, padded
 from ..ops.graphs import outside_graphs
 from ..ops.scratch import Scratch
 from .block_map import BlockMap
-from .dense import dense
+from .dense import Added, dense
 from .door import Inputs, KernelSpec
 from .gathered import key_bias
 
@@ -114,8 +114,8 @@ def _pieces(block_map: BlockMap, batch: int, heads: int, dim: int) -> Iterator[_
 def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _Piece:
     """Bool (rows, blocks) of the queries from row `first` on, which belong to one pair of sample and head."""
     rows, blocks = chosen.shape
-    row, block = chosen.nonzero().unbind(1)
-    numbers = chosen.sum(0)
+    nth = chosen.cumsum(0)
+    numbers = nth[-1]
     by_number = numbers.argsort(descending=True, stable=True)
     sizes = numbers[by_number].tolist()
     threads = torch.get_num_threads() if chosen.device.type == "cpu" else 1
@@ -125,10 +125,9 @@ def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _
     for lo, hi in spans:
         begins[lo:hi] = range(slots, slots + (hi - lo) * sizes[lo], sizes[lo])
         slots += (hi - lo) * sizes[lo]
-    begin = torch.empty_like(numbers).index_copy_(0, by_number, torch.tensor(begins, device=row.device))
-    order = block.argsort(stable=True)
-    nth = torch.arange(len(row), device=row.device) - (numbers.cumsum(0) - numbers)[block[order]]
-    slot = torch.empty_like(row).index_copy_(0, order, begin[block[order]] + nth)
+    begin = torch.empty_like(numbers).index_copy_(0, by_number, torch.tensor(begins, device=chosen.device))
+    slot = (nth + (begin - 1))[chosen]
+    row = torch.arange(rows, device=chosen.device).repeat_interleave(counts, output_size=len(slot))
     queries = torch.full((slots,), -1, dtype=torch.int64, device=row.device).index_copy_(0, slot, row + first)
     groups = []
     for lo, hi in spans:
@@ -170,14 +169,18 @@ class _ByKey(torch.autograd.Function):
             scale_left = scale
         out = torch.zeros(len(queries), v.shape[-1], device=q.device, dtype=q.dtype)
         lse = torch.full(queries.shape[:1], float("-inf"), device=q.device, dtype=wide)
-        scratch = Scratch()
+        scratch, padding = Scratch(), _Padding(bias, k)
         for piece in _pieces(block_map, *q.shape[:2], q.shape[-1]):
             answers = scratch("answers", (piece.slots, v.shape[-1]), queries, wide)
             norms = queries.new_empty(piece.slots, dtype=wide)
             for group in piece.groups:
                 mine = scratch("mine", (*group.queries.shape, q.shape[-1]), queries)
                 torch.index_select(queries, 0, group.queries.flatten(), out=mine.flatten(0, 1))
-                theirs, added = (keys[group.blocks], values[group.blocks]), _bias_of(bias, group, k)
+                theirs = [
+                    torch.index_select(z, 0, group.blocks, out=scratch(name, (len(group.blocks), *z.shape[1:]), z))
+                    for name, z in (("keys", keys), ("values", values))
+                ]
+                added = padding.of(group)
                 into = answers[group.slots].unflatten(0, group.queries.shape)
                 norm = dense(mine, *theirs, added, scale_left, into, scratch, lse=True)
                 assert norm is not None
@@ -205,6 +208,7 @@ class _ByKey(torch.autograd.Function):
         along = ((grad_out.to(wide) * out.to(wide)).sum(-1) - grad_lse).flatten()
         d_q = torch.zeros(queries.shape, device=q.device, dtype=wide)
         d_k, d_v = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
+        padding = _Padding(bias, k)
         for piece in _pieces(ctx.block_map, *q.shape[:2], q.shape[-1]):
             parts = queries.new_empty(piece.slots, q.shape[-1], dtype=wide)
             for group in piece.groups:
@@ -212,8 +216,8 @@ class _ByKey(torch.autograd.Function):
                 mine, g_out = (z.index_select(0, at).view(*shape).to(wide) for z in (queries, given))
                 theirs, their_values = keys[group.blocks].to(wide), values[group.blocks].to(wide)
                 scores = torch.bmm(mine * ctx.scale, theirs.transpose(1, 2))
-                added = _bias_of(bias, group, k)
-                scores = scores if added is None else scores.add_(added)
+                added = padding.of(group)
+                scores = scores if added is None else scores.add_(added.scores)
                 weights = scores.sub_(norms[at].view(*shape)).exp_()
                 if group.real is not None:
                     weights = weights.masked_fill_(~group.real[..., None], 0.0)
@@ -227,8 +231,13 @@ class _ByKey(torch.autograd.Function):
         return d_q, d_k.view(k.shape).to(k.dtype), d_v.view(v.shape).to(v.dtype), None, None, None
 
 
-def _bias_of(bias: Tensor | None, group: _Group, k: Tensor) -> Tensor | None:
-    """(g, 1, keys) to add to the scores, None where there is nothing."""
-    if bias is None:
-        return None
-    return bias.expand(*k.shape[:4]).flatten(0, 2)[group.blocks].unsqueeze(1)
+class _Padding:
+    """What is added to the scores of each block's keys."""
+
+    def __init__(self, bias: Tensor | None, k: Tensor):
+        self.bias = None if bias is None else bias.expand(*k.shape[:4]).flatten(0, 2)
+        self.whole = bias is None or bool((bias > float("-inf")).any(-1).all())
+
+    def of(self, group: _Group) -> Added | None:
+        """For the scores of the group's keys; None where there is nothing."""
+        return None if self.bias is None else Added(self.bias[group.blocks].unsqueeze(1), self.whole)

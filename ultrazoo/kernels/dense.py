@@ -8,6 +8,8 @@ together with a mask.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,11 +31,26 @@ def rows_at_once(q: Tensor, keys: int) -> int:
     return -(-len(q) // (-(-len(q) // most) * threads)) * threads
 
 
+@dataclass(frozen=True)
+class Added:
+    """What is added to the scores of `dense`, (rows, 1, n). `whole`: every row has a key that counts."""
+
+    scores: Tensor
+    whole: bool
+
+    def none(self) -> Tensor | None:
+        """(rows, 1): which rows have no key that counts; None where all have one."""
+        if self.whole:
+            return None
+        found = (self.scores == float("-inf")).all(-1)
+        return found if found.any() else None
+
+
 def dense(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, out: Tensor, scratch: Scratch, lse: bool
+    q: Tensor, k: Tensor, v: Tensor, added: Added | None, scale: float, out: Tensor, scratch: Scratch, lse: bool
 ) -> Tensor | None:
-    """Attention of q (rows, m, D) over k (rows, n, D) and v (rows, n, Dv) with `added` (rows, 1, n) in the scores, written to
-    `out` (rows, m, Dv); the log-sum-exp (rows, m), where asked at the least. No key at all: zeros and minus infinity.
+    """Attention of q (rows, m, D) over k (rows, n, D) and v (rows, n, Dv), written to `out` (rows, m, Dv); the log-sum-exp
+    (rows, m), where asked at the least. No key at all: zeros and minus infinity.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     if q.device.type != "cpu":
@@ -45,19 +62,18 @@ def dense(
 
 
 def _in_cache(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, out: Tensor, scratch: Scratch, lse: bool
+    q: Tensor, k: Tensor, v: Tensor, added: Added | None, scale: float, out: Tensor, scratch: Scratch, lse: bool
 ) -> Tensor | None:
     wide = torch.promote_types(q.dtype, torch.float32)
     shape = (*q.shape[:2], k.shape[1])
     q = q.to(wide)
     scaled = q if scale == 1 else torch.mul(q, scale, out=scratch("scaled", q.shape, q))
     scores = torch.bmm(scaled, k.to(wide).transpose(1, 2), out=scratch("scores", shape, q, wide))
-    none = None
+    none = None if added is None else added.none()
     if added is not None:
-        scores.add_(added)
-        none = (added == float("-inf")).all(-1)  # (rows, 1)
+        scores.add_(added.scores)
     weights = torch.softmax(scores, -1, out=scratch("weights", shape, q, wide))
-    if none is not None and none.any():
+    if none is not None:
         weights.masked_fill_(none.unsqueeze(-1), 0.0)
     if out.dtype == wide:
         torch.bmm(weights, v.to(wide), out=out)
@@ -70,24 +86,25 @@ def _in_cache(
     return norm if none is None else norm.masked_fill(none, float("-inf"))
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, out: Tensor) -> Tensor:
-    mask = None if added is None else added.unsqueeze(1)
+def _fused(q: Tensor, k: Tensor, v: Tensor, added: Added | None, scale: float, out: Tensor) -> Tensor:
+    mask = None if added is None else added.scores.unsqueeze(1)
     streams = (z.unsqueeze(1) for z in (q, k, v))
     found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *streams, 0.0, False, attn_mask=mask, scale=scale
     )
     out.copy_(found.squeeze(1))
     lse = lse.squeeze(1)
+    none = None if added is None else added.none()
     # the operator says 0 where no key counts
-    return lse if added is None else lse.masked_fill((added == float("-inf")).all(-1), float("-inf"))  # type: ignore[no-any-return]
+    return lse if none is None else lse.masked_fill(none, float("-inf"))  # type: ignore[no-any-return]
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, out: Tensor) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, added: Added | None, scale: float, out: Tensor) -> Tensor:
     """One tensor of scores, which becomes that of the weights."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.bmm(q.to(wide) * scale, k.to(wide).transpose(1, 2))
     if added is not None:
-        scores.add_(added)
+        scores.add_(added.scores)
     top = scores.amax(-1, keepdim=True)
     top = top.masked_fill(top == float("-inf"), 0.0)
     weights = scores.sub_(top).exp_()

@@ -18,7 +18,7 @@ from ..ops.blocks import block_valid, padded, unpadded
 from ..ops.graphs import outside_graphs
 from ..ops.scratch import Scratch
 from .block_map import BlockMap, row_lists
-from .dense import dense, rows_at_once
+from .dense import Added, dense, rows_at_once
 from .door import Inputs, KernelSpec
 
 GROUP_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
@@ -142,6 +142,7 @@ class _Flat:
     def __init__(self, k: Tensor, v: Tensor, bias: Tensor | None):
         self.heads, self.count = k.shape[1], k.shape[2]
         self.k, self.v, self.bias = k.reshape(-1, *k.shape[3:]), v.reshape(-1, *v.shape[3:]), bias
+        self.whole = bias is None or bool((bias > float("-inf")).any(-1).all())
 
     def rows(self, group: _Group) -> Tensor:
         """Flat block indices of the group's lists, (rows, width)."""
@@ -155,8 +156,8 @@ class _Flat:
             found.append(torch.index_select(z, 0, at, out=into).view(len(rows), -1, z.shape[-1]))
         return found[0], found[1]
 
-    def bias_of(self, group: _Group) -> Tensor | None:
-        """(rows, 1, width * slots) to add to the scores, None where there is nothing."""
+    def added(self, group: _Group) -> Added | None:
+        """For the scores of the group's keys; None where there is nothing."""
         real = group.real
         if self.bias is None and real is None:
             return None
@@ -166,11 +167,11 @@ class _Flat:
             wide = torch.promote_types(self.k.dtype, torch.float32)
             zeros = torch.zeros(real.shape, device=self.k.device, dtype=wide)
             masked = zeros.masked_fill(~real, float("-inf"))
-            return masked.repeat_interleave(slots, dim=1).unsqueeze(1)
+            return Added(masked.repeat_interleave(slots, dim=1).unsqueeze(1), self.whole)
         bias = self.bias[(*_sample_and_head(group, self.heads, self.bias), group.key_blocks)]
         if real is not None:
             bias = bias.masked_fill(~real[..., None], float("-inf"))
-        return bias.flatten(1).unsqueeze(1)
+        return Added(bias.flatten(1).unsqueeze(1), self.whole)
 
 
 class _Gathered(torch.autograd.Function):
@@ -208,7 +209,7 @@ class _Gathered(torch.autograd.Function):
                 hi = lo + rows_at_once(queries[lo:], group.counts[lo] * k.shape[3])
                 part = group.part(lo, hi)
                 keys, values = flat.keys(at[lo:hi, : part.counts[0]], scratch)
-                added, into = flat.bias_of(part), found[lo:hi]
+                added, into = flat.added(part), found[lo:hi]
                 norms.append(dense(queries[lo:hi], keys, values, added, scale_left, into, scratch, wants_lse))
                 lo = hi
             flat_out.index_copy_(0, group.row, found)
@@ -237,8 +238,8 @@ class _Gathered(torch.autograd.Function):
             keys, values = (z.to(wide) for z in flat.keys(rows))
             queries, g_out, norm = flat_q[row].to(wide), flat_given[row].to(wide), flat_lse[row].unsqueeze(-1)
             scores = torch.bmm(queries * ctx.scale, keys.transpose(1, 2))
-            added = flat.bias_of(group)
-            scores = scores if added is None else scores + added
+            added = flat.added(group)
+            scores = scores if added is None else scores + added.scores
             weights = (scores - norm.masked_fill(norm == float("-inf"), 0.0)).exp()
             along = (g_out * flat_out[row].to(wide)).sum(-1, keepdim=True) - grad_lse.flatten(0, 2)[row].unsqueeze(-1)
             d_scores = weights * (torch.bmm(g_out, values.transpose(1, 2)) - along)
