@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..grid import Grid
 from ..ops import partition, pool
-from ..ops.graphs import longer, of_sizes
+from ..ops.graphs import followed, longer, of_sizes
 from ..ops.partition import AxisRule, Rectangle, axis_index
 from ..ops.runs import AxisCut
 from ..spec import Site
@@ -17,7 +17,7 @@ from .contract import Call, Extra, Host, Positions, grid_positions
 from .geometry import Geometry, axis_positions, geometry
 from .grouped import attend_cuts, attend_rules, slab_tokens
 from .parts.adapt import LoraSpec, OwnSpec, SharedSpec, adapted, base_projections, own_projections
-from .parts.compressors import LiftModule
+from .parts.compressors import LiftModule, Unlifted
 from .parts.coords import CoordsSpec
 
 if TYPE_CHECKING:
@@ -94,8 +94,16 @@ class Branch(nn.Module):
         return (cuts, None if self.site.rope is None else (coords.origin, coords.rule))
 
     def forward(
-        self, z: Tensor, host: Host, call: Call, shared: Shared, extra: Extra | None, lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        z: Tensor,
+        host: Host,
+        call: Call,
+        shared: Shared,
+        extra: Extra | None,
+        lse: bool,
+        unlifted: bool = False,
+    ) -> tuple[Tensor | Unlifted, Tensor | None]:
+        """`unlifted`: leave the lift to the caller, where it can be made frame by frame."""
         spec = self.spec
         traced = shared.traced
         place = None if traced else geometry(spec.compress, spec.layout, spec.shift, Grid(*call.grid), self.site.layer)
@@ -112,7 +120,7 @@ class Branch(nn.Module):
         if place is not None and queries is keys and extra is None and not lse:
             slabs = self._slabs(queries, z, place, shared)
             if slabs:
-                return self._back(self._by_slabs(queries, slabs, place, host, valid), place, call), None
+                return self._back(self._by_slabs(queries, slabs, place, host, valid), place, call, unlifted), None
         q, k, v = self._heads(queries, keys, z, host, shared, place)
         q, k, v = q.unflatten(1, queries.shape[1:4]), k.unflatten(1, keys.shape[1:4]), v.unflatten(1, keys.shape[1:4])
         common: dict[str, Any] = {"extra": extra, "key_valid": valid, "lse": lse, "kernel": self.kernel}
@@ -121,14 +129,16 @@ class Branch(nn.Module):
             y, found = attend_rules(q, k, v, rules, rules, same_grid=queries is keys, **common)
         else:
             y, found = attend_cuts(q, k, v, place.q_cuts, place.k_cuts, **common)
-        return self._back(y.flatten(4), place, call), found
+        return self._back(y.flatten(4), place, call, unlifted), found
 
-    def _back(self, y: Tensor, place: Geometry | None, call: Call) -> Tensor:
+    def _back(self, y: Tensor, place: Geometry | None, call: Call, unlifted: bool) -> Tensor | Unlifted:
         """(B, t, h, w, heads*D) as attended → (B, T, H, W, heads*D)."""
         if self.lift is None:
             return y if place is None else pool.resize(y, place.grid)
         if place is not None and self.lift.ragged == "exact":
             y = pool.resize(y, place.coarse_q)
+        if unlifted and place is not None and self.lift.cell[0] == 1 and not torch.is_grad_enabled() and not followed():
+            return Unlifted(self.lift, y, call.grid)
         return self.lift(y, call.grid, place is None)  # type: ignore[no-any-return]
 
     def _slabs(self, tokens: Tensor, z: Tensor, place: Geometry, shared: Shared) -> list[Rectangle]:

@@ -26,7 +26,7 @@ from .geometry import Geometry, geometry, influence, spread
 from .grouped import attend_extra
 from .parts.adapt import ADAPT, AdaptSpec, LoraSpec, SharedSpec
 from .parts.base import CompressSpec, FuseSpec, LayoutSpec, ShiftSpec
-from .parts.compressors import AvgPoolSpec, DepthwiseConvSpec, StrideSpec, lift_flops, lift_parameters
+from .parts.compressors import AvgPoolSpec, DepthwiseConvSpec, StrideSpec, Unlifted, lift_flops, lift_parameters
 from .parts.coords import CoordsSpec
 from .parts.fuse import LseSpec, TimeGateSpec, TokenGateSpec, WeightsSpec
 from .parts.layouts import StridedSpec, WholeSpec, WindowsSpec
@@ -154,6 +154,7 @@ class BranchedSpec(AttentionSpec):
         shared = 0
         rows, owned = [], self.fuse.parameters(self.names, site)
         other, peak, saved = self.fuse.flops(self.names, site), 0, site.tokens * site.dim
+        outputs = 0
         distinct = self.distinct(site)
         extra = site.extra_tokens
         for name, branch in self.branches.items():
@@ -179,6 +180,8 @@ class BranchedSpec(AttentionSpec):
             attended = place.q_grid.tokens + 2 * place.k_grid.tokens
             peak = max(peak, 2 * attended * site.width)
             saved += 2 * attended * site.width + 2 * site.tokens * site.inner
+            waits = self.fuse.takes_unlifted and branch.compresses_queries and branch.compress.cell[0] == 1
+            outputs += (place.q_grid.tokens if waits else site.tokens) * site.inner
             rows.append(BranchCost(name, pairs, 4 * pairs * site.inner, flops, branch_other, parameters))
             owned += parameters
             other += branch_other
@@ -194,7 +197,7 @@ class BranchedSpec(AttentionSpec):
             out_flops=2 * site.tokens * site.inner * site.dim,
             other_flops=other,
             parameters=owned,
-            peak_elements=peak + (len(rows) + 1) * site.tokens * site.inner,
+            peak_elements=peak + outputs + site.tokens * site.inner,
             saved_elements=saved,
             branches=tuple(rows),
         )
@@ -363,7 +366,7 @@ class BranchedAttention(Attention):
         wanting = sum(not branch.compresses_queries for branch in spec.branches.values())
         private = wanting <= 1 and call.extra is None and not getattr(host, "shares_projections", False)
         shared = Shared(host, x, z, self.traced, private)
-        outputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor | Unlifted] = {}
         lse: dict[str, Tensor] = {}
         done: dict[Any, str] = {}
         for name in spec.names:
@@ -377,7 +380,9 @@ class BranchedAttention(Attention):
             if key is not None:
                 done[key] = name
             extra = call.extra if not spec.fuse.wants_lse or name == spec.names[0] else None
-            y, found = branch(z, host, call, shared, extra, spec.fuse.wants_lse)  # (B, T, H, W, heads*D)
+            fuse = spec.fuse
+            # (B, T, H, W, heads*D)
+            y, found = branch(z, host, call, shared, extra, fuse.wants_lse, fuse.takes_unlifted)
             outputs[name] = y
             if found is not None:
                 lse[name] = found

@@ -7,7 +7,7 @@ A cell is (ft, fh, fw) tokens. At sizes that do not divide, **exact** fills the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from .graphs import followed, of_sizes
 
 Cell = tuple[int, int, int]
 Ragged = Literal["exact", "resize"]
+Mode = Literal["nearest", "bilinear"]
 
 
 def coarse_size(length: int, factor: int, ragged: Ragged = "exact") -> int:
@@ -134,7 +135,7 @@ def lift(
     x: Tensor,
     cell: Cell,
     size: Sequence[int],
-    mode: Literal["nearest", "bilinear"],
+    mode: Mode,
     ragged: Ragged = "exact",
     traced: bool = False,
 ) -> Tensor:
@@ -213,7 +214,7 @@ def _beside(length: int, count: int, factor: int, device: torch.device) -> tuple
     return low, (low + 1).clamp(max=count - 1), part
 
 
-def resize(x: Tensor, size: Sequence[int], mode: Literal["nearest", "bilinear"] = "bilinear") -> Tensor:
+def resize(x: Tensor, size: Sequence[int], mode: Mode = "bilinear") -> Tensor:
     """(B, T, H, W, C) → (B, *size, C) by interpolation without antialiasing, ``align_corners=False``."""
     size = tuple(size)
     if tuple(x.shape[1:4]) == size:
@@ -244,7 +245,8 @@ def depthwise_conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise 3x3x3 convolution, zero padding 1: (B, T, H, W, C) with weight (C, 1, 3, 3, 3), bias (C,)."""
     if x.device.type == "cpu" or torch.is_grad_enabled() or followed():
         return _conv3d(x, weight, bias, 1)
-    return _frame_by_frame(x.shape, lambda b, t: x[b, t : t + 1], weight, bias)
+    frames = _frame_by_frame(x.shape, lambda b, t: x[b, t : t + 1], weight, bias)
+    return _together(frames, x.shape, x)
 
 
 def _conv3d(x: Tensor, weight: Tensor, bias: Tensor, frames_beyond: int) -> Tensor:
@@ -254,24 +256,33 @@ def _conv3d(x: Tensor, weight: Tensor, bias: Tensor, frames_beyond: int) -> Tens
     return F.conv3d(volume, weight, bias, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 4, 1)
 
 
-def _frame_by_frame(shape: Sequence[int], frame: Callable[[int, int], Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+Frames = Iterator[tuple[int, int, Tensor]]
+"""Sample, frame, and its tokens (H, W, C)."""
+
+
+def _together(frames: Frames, shape: Sequence[int], like: Tensor) -> Tensor:
+    out = like.new_empty(tuple(shape))
+    for b, t, frame in frames:
+        out[b, t] = frame
+    return out
+
+
+def _frame_by_frame(shape: Sequence[int], frame: Callable[[int, int], Tensor], weight: Tensor, bias: Tensor) -> Frames:
     """The convolution of (B, T, H, W, C) frames that `frame` makes on demand, (1, H, W, C) each and at most three kept, as sums
     of two-dimensional convolutions."""
     batch, frames = shape[:2]
     taps = [weight[:, :, i].contiguous(memory_format=torch.channels_last) for i in range(3)]
-    found = []
     for b in range(batch):
         before, here = None, frame(b, 0)
         for t in range(frames):
             after = frame(b, t + 1) if t + 1 < frames else None
             parts = [
-                F.conv2d(one.permute(0, 3, 1, 2), tap, None if i != 1 else bias, padding=1, groups=tap.shape[0])
+                F.conv2d(one.permute(0, 3, 1, 2), tap, bias if i == 1 else None, padding=1, groups=tap.shape[0])
                 for i, (one, tap) in enumerate(zip((before, here, after), taps, strict=True))
                 if one is not None
             ]
-            found.append(sum(parts[1:], parts[0]).permute(0, 2, 3, 1))
+            yield b, t, sum(parts[1:], parts[0])[0].permute(1, 2, 0)
             before, here = here, after
-    return torch.cat(found).unflatten(0, (batch, frames))
 
 
 def lift_conv3d(
@@ -287,8 +298,23 @@ def lift_conv3d(
 
     Without gradients, where cells lie in one frame, each frame is lifted when the convolution wants it.
     """
-    if traced or cell[0] > 1 or size[0] == 1 or torch.is_grad_enabled() or followed():
+    if traced or cell[0] > 1 or torch.is_grad_enabled() or followed():
         return depthwise_conv3d(lift(x, cell, size, "bilinear", ragged, traced), weight, bias)
+    shape = (x.shape[0], *size, x.shape[-1])
+    return _together(lift_conv3d_frames(x, cell, size, weight, bias, ragged), shape, x)
+
+
+def lift_frames(x: Tensor, cell: Cell, size: Sequence[int], mode: Mode, ragged: Ragged = "exact") -> Frames:
+    """`lift` of cells in one frame each, frame by frame."""
+    for b in range(x.shape[0]):
+        for t in range(size[0]):
+            yield b, t, lift(x[b : b + 1, t : t + 1], cell, (1, *size[1:]), mode, ragged)[0, 0]
+
+
+def lift_conv3d_frames(
+    x: Tensor, cell: Cell, size: Sequence[int], weight: Tensor, bias: Tensor, ragged: Ragged = "exact"
+) -> Frames:
+    """`lift_conv3d` of cells in one frame each, frame by frame; without gradients. A frame lasts until the next is asked for."""
 
     def frame(b: int, t: int, into: Tensor | None = None) -> Tensor:
         """(1, H, W, C); written to `into` where it is given."""
@@ -299,15 +325,20 @@ def lift_conv3d(
         return found if into is None else into.copy_(found)
 
     shape = (x.shape[0], *size, x.shape[-1])
-    return (_in_threes if x.device.type == "cpu" else _frame_by_frame)(shape, frame, weight, bias)
+    if x.device.type != "cpu":
+        return _frame_by_frame(shape, frame, weight, bias)
+    return _in_threes(shape, frame, weight, bias, x.new_empty(3, *shape[2:]))
 
 
-def _in_threes(shape: Sequence[int], frame: Callable[..., Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+def _in_threes(
+    shape: Sequence[int], frame: Callable[..., Tensor], weight: Tensor, bias: Tensor, slots: Tensor
+) -> Frames:
     """The same from three frames that stay in a CPU's cache: frame t stands in slot t % 3, and the taps turn with it."""
     batch, frames = shape[:2]
+    if frames == 1:
+        yield from ((b, 0, _conv3d(frame(b, 0)[None], weight, bias, 1)[0, 0]) for b in range(batch))
+        return
     taps = [weight.roll(shift, 2) for shift in range(3)]
-    out = weight.new_empty(tuple(shape))
-    slots = weight.new_empty(3, *shape[2:])
     for b in range(batch):
         frame(b, 0, slots[:1])
         slots[2] = 0
@@ -317,5 +348,4 @@ def _in_threes(shape: Sequence[int], frame: Callable[..., Tensor], weight: Tenso
                 frame(b, t + 1, slots[after])
             else:
                 slots[after] = 0
-            out[b, t] = _conv3d(slots[None], taps[(t - 1) % 3], bias, 0)[0, 0]
-    return out
+            yield b, t, _conv3d(slots[None], taps[(t - 1) % 3], bias, 0)[0, 0]

@@ -138,6 +138,8 @@ class FuseSpec(Spec):
     kind: ClassVar[str] = "fuse"
     wants_lse: ClassVar[bool] = False
     needs_timestep: ClassVar[bool] = False
+    takes_unlifted: ClassVar[bool] = False
+    """Does its module lift the outputs of compressed branches itself, as `Unlifted`?"""
 
     def branch_problems(self, branches: tuple[str, ...], site: Site) -> list[Problem]:
         """Problems with these branch names at `site`."""

@@ -142,8 +142,31 @@ class LiftModule(nn.Module):
             return pool.lift_conv3d(y, self.cell, size, self.conv.weight, self.conv.bias, self.ragged, traced)
         return pool.lift(y, self.cell, size, self.mode, self.ragged, traced)
 
+    def frames(self, y: Tensor, size: Sequence[int]) -> pool.Frames:
+        """The same frame by frame, where cells lie in one frame; without gradients. A frame lasts until the next."""
+        if self.mode == "bilinear_conv3d":
+            return pool.lift_conv3d_frames(y, self.cell, size, self.conv.weight, self.conv.bias, self.ragged)
+        return pool.lift_frames(y, self.cell, size, self.mode, self.ragged)
+
     def extra_repr(self) -> str:
         return f"{self.mode}, cell={self.cell}, ragged={self.ragged}"
+
+
+@dataclass(frozen=True)
+class Unlifted:
+    """The output of a branch at its cells (B, t, h, w, heads*D), to lift to `size` tokens when it is wanted."""
+
+    lift: LiftModule
+    y: Tensor
+    size: Sequence[int]
+
+    def whole(self) -> Tensor:
+        """(B, *size, heads*D)."""
+        found: Tensor = self.lift(self.y, self.size)
+        return found
+
+    def frames(self) -> pool.Frames:
+        return self.lift.frames(self.y, self.size)
 
 
 def lift_parameters(spec: CompressSpec, site: Site) -> int:

@@ -16,6 +16,7 @@ from ...ops.init import Constant, Values, marked
 from ...spec import Site, Tree, option
 from ..contract import Call
 from .base import FuseSpec
+from .compressors import Unlifted
 
 SINUSOID = 256
 Per = Literal["channel", "head", "scalar"]
@@ -126,6 +127,7 @@ class TimeGateSpec(FuseSpec):
     source: ClassVar[str] = "UltraGen, arXiv 2510.18775, section 4.3"
     minimal: ClassVar[Mapping[str, Any]] = {"order": ["overview", "local"]}
     needs_timestep: ClassVar[bool] = True
+    takes_unlifted: ClassVar[bool] = True
 
     order: Tree = option(doc="nested pairs of branch names")
     per: Literal["channel", "head", "scalar"] = option("channel", "one gate per channel, head or in all")
@@ -199,7 +201,7 @@ class _TimeGate(nn.Module):
             )
         self.gates = nn.ModuleList(gates)
 
-    def forward(self, outputs: dict[str, Tensor], x: Tensor, call: Call, lse: dict[str, Tensor]) -> Tensor:
+    def forward(self, outputs: dict[str, Tensor | Unlifted], x: Tensor, call: Call, lse: dict[str, Tensor]) -> Tensor:
         if call.timestep is None:
             # the contract asks for it before, but not where a compiler follows
             raise UsageError("fuse time_gate needs the timestep of every call: give timestep (B,) on the 0..1000 scale")
@@ -209,23 +211,32 @@ class _TimeGate(nn.Module):
         for mlp in self.gates:
             gate = spread_gate(torch.sigmoid(mlp(embedded)), self.per, self.site)
             gates.append(over_grid(gate, call.grid))
-        return self._merge(self.order, outputs, iter(gates))
+        found = self._merge(self.order, outputs, iter(gates))
+        return found.whole() if isinstance(found, Unlifted) else found
 
-    def _merge(self, order: Tree, outputs: dict[str, Tensor], gates: Any) -> Tensor:
+    def _merge(self, order: Tree, outputs: dict[str, Tensor | Unlifted], gates: Any) -> Tensor | Unlifted:
         if isinstance(order, str):
             return outputs[order]
         gate = next(gates)
         first = self._merge(order[0], outputs, gates)
         second = self._merge(order[1], outputs, gates)
+        if isinstance(second, Unlifted):
+            # the one that has all its tokens takes the other in
+            first, second, gate = second, first, 1 - gate
+        if isinstance(second, Unlifted):
+            second = second.whole()
         gate = gate.to(second.dtype)
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or sum(second is one for one in outputs.values()) > 1
-        ):
+        learns = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if learns or sum(second is one for one in outputs.values()) > 1:
+            first = first.whole() if isinstance(first, Unlifted) else first
             return torch.lerp(second, first, gate)
         # nobody else wants this branch's output: its memory is the answer's
-        return second.lerp_(first, gate)
+        if isinstance(first, Tensor):
+            return second.lerp_(first, gate)
+        gate = gate.expand(*second.shape[:2], -1, -1, -1)
+        for sample, frame, tokens in first.frames():
+            second[sample, frame].lerp_(tokens.to(second.dtype), gate[sample, frame])
+        return second
 
 
 def over_grid(value: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -55,8 +55,8 @@ class RoutedSpec(SelectorSpec):
 
     def flops(self, place: Place, site: Site) -> int:
         everything = self.keeps_all() or (self.count is not None and self.count >= place.selectable)
-        # over a head: ends, total, two digits of an fp32 score, and the rows themselves
-        passes = 1 if self.scope == "query" or everything else 4 if self.count is not None else 5
+        # over a head: ends and total, two digits of an fp32 score, and the rows themselves
+        passes = 1 if self.scope == "query" or everything else 4
         return passes * 2 * place.queries.count * place.selectable * site.inner
 
     def keeps_all(self) -> bool:
@@ -95,7 +95,7 @@ class _Routed(nn.Module):
             if spec.scope == "query":
                 return _of_queries(spec, found, mine)
             others = found.masked_fill(mine, float("-inf"))
-            return (mine | (_ordinal(others) >= scene.once("routed", cut)[..., None, None])) & (found > float("-inf"))
+            return (mine | (others >= scene.once("routed", cut)[..., None, None])) & (found > float("-inf"))
 
         def cut() -> Tensor:
             return _Cut(scene, scores, own, asked).find(spec)
@@ -157,11 +157,17 @@ def _own_blocks(scene: Scene) -> Callable[[int, int], Tensor]:
 
 
 def _ordinal(scores: Tensor) -> Tensor:
-    """Integers in the order of the floats."""
+    """Integers as wide as the floats, in their order."""
     whole = torch.int64 if scores.dtype == torch.float64 else torch.int32
     # -0.0 and 0.0 are one score
     bits = (scores + 0.0).contiguous().view(whole)
-    return torch.where(bits < 0, bits ^ torch.iinfo(whole).max, bits).long()
+    return torch.where(bits < 0, bits ^ torch.iinfo(whole).max, bits)
+
+
+def _score(ordinal: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float of an ordinal."""
+    whole = torch.int64 if dtype == torch.float64 else torch.int32
+    return torch.where(ordinal < 0, ordinal ^ torch.iinfo(whole).max, ordinal).to(whole).view(dtype)
 
 
 class _Cut:
@@ -178,7 +184,7 @@ class _Cut:
         self.shape, self.device = scene.q.shape[:2], scene.q.device
         held = SCORES.get(self.device.type, SCORES_ELSEWHERE)
         self.step = max(1, held // (self.shape[0] * self.shape[1] * scene.place.selectable))
-        self.bits = 64 if scene.q.dtype == torch.float64 else 32
+        self.dtype = torch.promote_types(scene.q.dtype, torch.float32)
 
     def steps(self) -> list[tuple[int, int]]:
         return [(lo, min(lo + self.step, self.queries)) for lo in range(0, self.queries, self.step)]
@@ -191,52 +197,61 @@ class _Cut:
 
     @torch.no_grad()
     def find(self, spec: RoutedSpec) -> Tensor:
-        """Ordinals (B, heads), int64."""
+        """Scores (B, heads); NaN where nothing is taken."""
         low = torch.full(self.shape, float("inf"), device=self.device, dtype=torch.float64)
-        high, kept, rows = -low, torch.zeros_like(low), torch.zeros_like(low)
+        high, zero = -low, torch.zeros_like(low)
+        # numbers and sums of real scores, and of those of own blocks; queries that are real
+        pairs, total, kept, mine, rows = zero, zero, zero, zero, zero
         for lo, hi in self.steps():
             found, real, own = self.part(lo, hi)
             low = torch.minimum(low, found.masked_fill(~real, float("inf")).amin((2, 3)))
             high = torch.maximum(high, found.masked_fill(~real, float("-inf")).amax((2, 3)))
-            kept, rows = kept + own.sum((2, 3)), rows + real.any(-1).sum(-1)
+            pairs, total = (
+                pairs + real.sum((2, 3)),
+                total + found.masked_fill(~real, 0.0).sum((2, 3), dtype=torch.float64),
+            )
+            kept, mine = kept + own.sum((2, 3)), mine + found.masked_fill(~own, 0.0).sum((2, 3), dtype=torch.float64)
+            rows = rows + real.any(-1).sum(-1)
         if spec.count is not None:
             need = spec.count * rows - kept
-            return torch.where(need > 0, self._descend(need, None), torch.iinfo(torch.int64).max)
-        ends = (low[..., None, None], high[..., None, None])
-        total, mine = torch.zeros_like(low), torch.zeros_like(low)
-        for lo, hi in self.steps():
-            found, real, own = self.part(lo, hi)
-            weights = _between(found.double(), *ends).masked_fill(~real, 0.0)
-            total, mine = total + weights.sum((2, 3)), mine + (weights * own).sum((2, 3))
-        need = torch.where(total > 0, spec.p * total - mine, float("inf"))
-        return self._descend(need, ends)
+            taken = _score(self._descend(need, None), self.dtype)
+            return taken.masked_fill(need <= 0, float("nan"))
+        # a score moved and scaled is (score - low) / (high - low), so that sums of scores tell sums of those
+        spread = torch.where(high > low, high - low, 1.0)
+        total, mine = total - pairs * low, mine - kept * low
+        need = torch.where(total > 0, (spec.p * total - mine) / spread, float("inf"))
+        return _score(self._descend(need, (low, spread)), self.dtype)
 
-    def _descend(self, need: Tensor, ends: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The highest ordinal at which the pairs from there up weigh `need`, or number that many where `ends` is None."""
+    def _descend(self, need: Tensor, scale: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The highest ordinal at which the pairs from there up weigh `need`, moved and scaled by `scale` (lowest score and
+        spread), or number that many where it is None. int64."""
         bins, pairs = 1 << _DIGIT, self.shape[0] * self.shape[1]
+        bits = torch.finfo(self.dtype).bits
         prefix = torch.zeros(self.shape, dtype=torch.int64, device=self.device)
-        for shift in range(self.bits - _DIGIT, -1, -_DIGIT):
-            first = shift == self.bits - _DIGIT
+        for shift in range(bits - _DIGIT, -1, -_DIGIT):
+            first = shift == bits - _DIGIT
             # one bin more, for what does not count
             numbers = torch.zeros(pairs * bins + 1, dtype=torch.float64, device=self.device)
-            weights = torch.zeros_like(numbers)
+            sums = torch.zeros_like(numbers)
             for lo, hi in self.steps():
                 found, real, own = self.part(lo, hi)
                 ordinal = _ordinal(found)
                 some = real & ~own
                 if not first:
-                    some &= (ordinal >> (shift + _DIGIT)) == prefix[..., None, None]
+                    some &= (ordinal >> (shift + _DIGIT)) == prefix[..., None, None].to(ordinal.dtype)
                 # the first digit has the sign
                 digit = (ordinal >> shift) + bins // 2 if first else (ordinal >> shift) & (bins - 1)
-                head = torch.arange(pairs, device=self.device).view(*self.shape, 1, 1) * bins
-                at = torch.where(some, head + digit, pairs * bins).flatten()
+                whole = torch.int64 if pairs > 1 << (31 - _DIGIT - 1) else digit.dtype
+                head = torch.arange(pairs, device=self.device, dtype=whole).view(*self.shape, 1, 1) * bins
+                at = torch.where(some, digit + head, pairs * bins).flatten()
                 numbers += torch.bincount(at, minlength=pairs * bins + 1)
-                if ends is not None:
-                    each = _between(found.double(), *ends).masked_fill_(~some, 0.0).flatten()
-                    weights += torch.bincount(at, weights=each, minlength=pairs * bins + 1)
-            count, weight = (
-                z[:-1].view(*self.shape, bins).flip(-1) for z in (numbers, numbers if ends is None else weights)
-            )
+                if scale is not None:
+                    sums += torch.bincount(at, weights=found.double().flatten(), minlength=pairs * bins + 1)
+            count, sums = (z[:-1].view(*self.shape, bins).flip(-1) for z in (numbers, sums))
+            weight = count
+            if scale is not None:
+                low, spread = (z[..., None] for z in scale)
+                weight = (sums - count * low) / spread
             above = weight.cumsum(-1)
             enough = (above >= need[..., None]) & (count > 0)
             # where rounding lets nothing reach, the last that there is
