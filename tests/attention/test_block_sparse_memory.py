@@ -15,7 +15,7 @@ from ultrazoo.attention.parts.orders import CurveSpec, OrderSpec, RasterSpec, Ti
 from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import MeanStdSpec, TopKSpec, TopPSpec
 from ultrazoo.attention.parts.selectors import BandSpec, SelectorSpec, SinkSpec, UnionSpec
-from ultrazoo.kernels import block_map
+from ultrazoo.kernels import block_map, dense, gathered
 
 HEADS, SIZE = 4, 32
 GRIDS = [(4, 32, 32), (8, 32, 32), (16, 32, 32)]
@@ -57,7 +57,10 @@ def test_the_measure_sees_what_is_quadratic(monkeypatch: pytest.MonkeyPatch) -> 
     """Without the bounds on what is held at a time, scores and maps of the whole grid show."""
     for bounds in (scene.SCORES, far.SCORE_BYTES, block_map.CHUNK_BYTES):
         monkeypatch.setitem(bounds, "cpu", 1 << 40)
+    # working memory of a fixed size would hide what grows
+    monkeypatch.setattr(gathered, "STEP_BYTES", 1 << 18)
+    monkeypatch.setattr(dense, "SCORE_BYTES", 1 << 18)
     found = peaks(BlockSparseSpec(order=BLOCKS, selector=SETTINGS[1][1]))
-    assert found[2] > 1.2 * found[0], found
+    assert found[2] > 1.3 * found[0], found
     found = peaks(BlockSparseSpec(order=BLOCKS, far=MeanSpec()))
-    assert found[2] > 1.2 * found[0], found
+    assert found[2] > 1.3 * found[0], found

@@ -131,10 +131,10 @@ def merge(near: Tensor, lse: Tensor, far: Tensor, far_lse: Tensor, out: Tensor |
     # filled before: a difference of infinities has no gradient that a mask behind it would stop
     neither = (lse == float("-inf")) & (far_lse == float("-inf"))
     share = (far_lse - lse).masked_fill(neither, 0.0).sigmoid().unsqueeze(-1)
-    near, far = near.to(share.dtype), far.to(share.dtype)
+    wide, far = near.to(share.dtype), far.to(share.dtype)
     if out is not None and out.dtype == share.dtype:
-        return torch.lerp(near, far, share, out=out)
-    found = torch.lerp(near, far, share)
+        return torch.lerp(wide, far, share, out=out)
+    found = torch.lerp(wide, far, share)
     return found.to(near.dtype) if out is None else out.copy_(found)
 
 

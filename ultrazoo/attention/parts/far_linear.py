@@ -25,7 +25,7 @@ from .orders import Place
 from .rules import kept, largest
 from .scene import Scene
 from .soft import SoftMap
-from .states import in_blocks, state_steps
+from .states import STATE_BYTES, STATE_BYTES_ELSEWHERE, in_blocks, state_steps
 
 ROWS = 64
 """Fewest query blocks whose states are held at a time; the states of key blocks are made once for each such group."""
@@ -131,38 +131,47 @@ class _Linear(nn.Module):
         blocks = scene.place.queries
         if not torch.is_grad_enabled():
             for lo, hi in query_groups(blocks.count):
-                states = total or self._left(scene, scene.k, scene.v, centre, block_map, lo, hi)
-                self._fill(near, scene, states, lo, hi)
+                if total is not None:
+                    self._fill(near, scene, total, lo, hi, slice(None))
+                    continue
+                left = self._weights(scene, block_map, lo, hi)
+                for some in _head_groups(scene):
+                    states = self._left(scene, scene.k, scene.v, centre, left, some)
+                    self._fill(near, scene, states, lo, hi, some)
             return near
         parts = []
         for lo, hi in query_groups(blocks.count):
             tokens = slice(blocks.starts[lo], blocks.starts[hi])
 
             def far(q: Tensor, k: Tensor, v: Tensor, lo: int = lo, hi: int = hi) -> Tensor:
-                states = total or self._left(scene, k, v, centre, block_map, lo, hi)
+                states = total
+                if states is None:
+                    left = self._weights(scene, block_map, lo, hi)
+                    states = self._left(scene, k, v, centre, left, slice(None))
                 return self._read(q, blocks.between(lo, hi), *states)
 
             found = checkpoint(far, scene.q[:, :, tokens], scene.k, scene.v, use_reentrant=False)
             parts.append(self._join(near[:, :, tokens], found).to(near.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _fill(self, near: Tensor, scene: Scene, states: tuple[Tensor, Tensor], lo: int, hi: int) -> None:
-        """The sum for query blocks lo..hi in the place of `near`, in pieces that stay in a cache."""
-        blocks, row = scene.place.queries, near.shape[0] * near.shape[1] * near.shape[3] * 4
+    def _fill(self, near: Tensor, scene: Scene, states: tuple[Tensor, Tensor], lo: int, hi: int, heads: slice) -> None:
+        """The sum for query blocks lo..hi of some heads in the place of `near`, in pieces that stay in a cache."""
+        blocks, mine = scene.place.queries, near[:, heads]
+        row = mine.shape[0] * mine.shape[1] * mine.shape[3] * 4
         most = READ_BYTES.get(near.device.type, READ_BYTES_ELSEWHERE)
         step = max(1, most // (row * blocks.largest))
         for start in range(lo, hi, step):
             end = min(start + step, hi)
             tokens = slice(blocks.starts[start], blocks.starts[end])
             some = [z if self.spec.keys == "all" else z[:, :, start - lo : end - lo] for z in states]
-            found = self._read(scene.q[:, :, tokens], blocks.between(start, end), *some)
-            near[:, :, tokens] = self._join(near[:, :, tokens], found).to(near.dtype)
+            found = self._read(scene.q[:, heads, tokens], blocks.between(start, end), *some)
+            mine[:, :, tokens] = self._join(mine[:, :, tokens], found, heads).to(near.dtype)
 
-    def _join(self, near: Tensor, far: Tensor) -> Tensor:
+    def _join(self, near: Tensor, far: Tensor, heads: slice = slice(None)) -> Tensor:
         """fp32 or wider, whatever the parameters are in."""
         if self.spec.join == "proj":
             return near + (far @ self.proj.weight.to(far.dtype).T + self.proj.bias.to(far.dtype))
-        alpha = self.alpha.to(far.dtype).sigmoid()[:, None, None]
+        alpha = self.alpha[heads].to(far.dtype).sigmoid()[:, None, None]
         return torch.lerp(far, near.to(far.dtype), alpha)
 
     def _centre(self, scene: Scene) -> Tensor:
@@ -196,23 +205,15 @@ class _Linear(nn.Module):
         return state, weight
 
     def _left(
-        self,
-        scene: Scene,
-        k: Tensor,
-        v: Tensor,
-        centre: Tensor | None,
-        block_map: BlockMap | SoftMap,
-        lo: int,
-        hi: int,
+        self, scene: Scene, k: Tensor, v: Tensor, centre: Tensor | None, left: Tensor, heads: slice
     ) -> tuple[Tensor, Tensor]:
-        """States of what query blocks lo..hi left: (B, heads, hi - lo, D, Dv) and (B, heads, hi - lo, D, 1)."""
-        batch, heads, _, dim = k.shape
-        wide = torch.promote_types(k.dtype, torch.float32)
-        step = max(1, CHOSEN // (batch * heads * scene.place.selectable))
-        pieces = [self._weights(scene, block_map, at, min(at + step, hi)) for at in range(lo, hi, step)]
-        left = torch.cat(pieces, dim=2).to(wide)
+        """States of `left` of every key block, (B, heads, rows, blocks), for some heads: (B, some, rows, D, Dv) and
+        (B, some, rows, D, 1)."""
+        k, v, left = k[:, heads], v[:, heads], left[:, heads]
+        centre = None if centre is None else centre[:, heads]
+        batch, count, _, dim = k.shape
         state = weight = None
-        for first, end in state_steps(scene.place.keys, scene.place.selectable, batch * heads, dim, k.device):
+        for first, end in state_steps(scene.place.keys, scene.place.selectable, batch * count, dim, k.device):
             features = self._features(scene, k, centre, first, end)
             values = in_blocks(v, scene.place.keys, first, end)
             share = left[..., first:end]
@@ -223,7 +224,13 @@ class _Linear(nn.Module):
         return state.unflatten(-1, (dim, -1)), weight.unsqueeze(-1)
 
     def _weights(self, scene: Scene, block_map: BlockMap | SoftMap, lo: int, hi: int) -> Tensor:
-        """How much of every selectable key block is left to query blocks lo..hi: (B, heads, hi - lo, blocks)."""
+        """How much of every selectable key block is left to query blocks lo..hi: (B, heads, hi - lo, blocks), fp32 or wider."""
+        wide = torch.promote_types(scene.k.dtype, torch.float32)
+        step = max(1, CHOSEN // (scene.k.shape[0] * scene.k.shape[1] * scene.place.selectable))
+        pieces = [self._some_weights(scene, block_map, at, min(at + step, hi)) for at in range(lo, hi, step)]
+        return torch.cat(pieces, dim=2).to(wide)
+
+    def _some_weights(self, scene: Scene, block_map: BlockMap | SoftMap, lo: int, hi: int) -> Tensor:
         most = scene.place.selectable
         if isinstance(block_map, SoftMap):
             return block_map.unselected(lo, hi)[..., :most]
@@ -243,6 +250,15 @@ class _Linear(nn.Module):
         total = features @ weight
         found: Tensor = features @ state / torch.where(total > 0, total + self.spec.eps, torch.ones_like(total))
         return unpadded(found, blocks) if by_block else found
+
+
+def _head_groups(scene: Scene) -> list[slice]:
+    """Heads whose states of all blocks are there at a time; one at the least, and that in steps."""
+    batch, heads, _, dim = scene.k.shape
+    blocks = scene.place.keys
+    one = 4 * batch * dim * max(dim, blocks.largest) * scene.place.selectable
+    step = max(1, STATE_BYTES.get(scene.k.device.type, STATE_BYTES_ELSEWHERE) // max(1, one))
+    return [slice(lo, min(lo + step, heads)) for lo in range(0, heads, step)]
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

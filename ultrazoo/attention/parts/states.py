@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ...ops.blocks import Blocks, block_valid, padded
 from .scene import Scene
 
-STATE_BYTES = {"cpu": 1 << 23}
+STATE_BYTES = {"cpu": 1 << 21}
 """Bytes of block states (D x D per block and head) held at a time, per kind of device."""
 STATE_BYTES_ELSEWHERE = 1 << 28
 
