@@ -2,12 +2,10 @@
 
 Grid (8, 32, 32), 512 channels, 8 heads, fp32, two threads, forward, the attention core: the host's projections are the stored
 queries, keys and values, its output the identity. Bound: ``t <= c * share * t_full + t_move``. `t_full` is torch's SDPA on the
-same q, k, v, heads first as it likes them; `share` the visited pairs over N^2 (what data decides is counted on this data);
-`t_move` a copy of q, k, v to heads first and of the output back, which `t_full` is spared and a design is not, and the
-selection by itself. c is 1.7 with the compiled kernel, 2.8 without a compiler. A design's own projections (`project_s`: the
-gate of video_sparse, q, k and v over time of divided, ...) are timed by themselves and taken off, for the host's are no part of
-the core either. `factor_all` is the strictest ratio: with these projections in it, and less copies of q, k, v and the output as
-they lie, into memory that is there (`copy_s`), in place of `move_s`.
+same q, k, v; `share` the visited pairs over N^2 (what data decides is counted on this data); `t_move` a copy of q, k, v and
+the output, and the selection by itself. c is 1.7 with the compiled kernel, 2.8 without a compiler. A design's own projections
+(`project_s`: the gate of video_sparse, q, k and v over time of divided, ...) are timed by themselves and taken off, for the
+host's are no part of the core either; `factor_all` is the same ratio with them in it.
 
 On a GPU: bf16, the head sizes of Wan 1.3B and of a wide layer, up to 171 360 tokens; `t_full` is the fastest of torch's dense kernels
 there, the selection counts as the design's own, and c is 1.05 for designs whose pairs follow from the size and 1.3 for those that
@@ -126,18 +124,13 @@ def measured(
     heads = [_by_head(z, site.head_dim).transpose(1, 2).contiguous() for z in (q, k, v)]
     into = [torch.empty_like(q) for _ in range(4)]
 
-    def moves() -> Tensor:
-        found = [_by_head(z, site.head_dim).transpose(1, 2).contiguous() for z in (q, k, v)]
-        return found[0].transpose(1, 2).flatten(2)
-
     def copies() -> None:
         for source, target in zip((q, k, v, q), into, strict=True):
             target.copy_(source)
 
     calls: dict[str, Callable[[], object]] = {
         **_dense_calls(heads),
-        "move": moves,
-        "copy": copies,
+        "move": copies,
         "design": lambda: block(q, host, call),
     }
     if isinstance(block, BlockSparseAttention) and spec.selector.softness is None:  # type: ignore[attr-defined]
@@ -153,21 +146,20 @@ def measured(
         share = sum(run.pairs for run in runs) / (site.tokens**2 * site.heads)
         times = interleaved({name: _finished(call, device) for name, call in calls.items()}, rounds=ROUNDS, warmup=2)
     dense = min((name for name in times if name.startswith("full")), key=lambda name: times[name].median_s)
-    full, move, copy = (times[name].median_s for name in (dense, "move", "copy"))
+    full, move = times[dense].median_s, times["move"].median_s
     select, project = (times[name].median_s if name in times else 0.0 for name in ("select", "project"))
     design = times["design"].median_s
     # on a GPU the selection is part of what is asked
-    apart = select if device == "cpu" else 0.0
+    apart = move + (select if device == "cpu" else 0.0)
     return {
         "share": share,
         "full_s": full,
         "design_s": design,
         "move_s": move,
-        "copy_s": copy,
         "select_s": select,
         "project_s": project,
-        "factor": (design - apart - move - project) / (share * full),
-        "factor_all": (design - apart - copy) / (share * full),
+        "factor": (design - apart - project) / (share * full),
+        "factor_all": (design - apart) / (share * full),
         "spread": times["design"].spread,
         "kernel": " + ".join(sorted({run.kernel for run in runs})) + ("" if dense == "full" else f" beside {dense}"),
     }
