@@ -28,6 +28,7 @@ SETTINGS: list[tuple[OrderSpec, SelectorSpec, FarSpec]] = [
     (BLOCKS, PooledSpec(rule=TopPSpec(p=0.2), key_bias="log_norm"), MeanSpec(order=1)),
     (TilesSpec(tile=(4, 4, 4)), PooledSpec(rule=TopKSpec(share=0.1)), CoarseSpec(gate="none")),
     (CurveSpec(block=64), UnionSpec(of=(BandSpec(), SinkSpec())), DropSpec()),
+    (RasterSpec(block=(4, 64)), PooledSpec(rule=TopKSpec(share=0.1)), DropSpec()),
 ]
 
 

@@ -215,6 +215,7 @@ def test_small_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     whole = gradients(make)
     monkeypatch.setitem(module.GROUP_BYTES, "cpu", 1)
+    monkeypatch.setattr(module, "STEP_BYTES", 1)
     monkeypatch.setitem(block_map.CHUNK_BYTES, "cpu", 1)
     monkeypatch.setattr(block_map, "KEEP_BYTES", 0)
     for one, reference in zip(gradients(make), whole, strict=True):

@@ -70,7 +70,8 @@ class Shared:
 
 
 class Branch(nn.Module):
-    """``branch(z, host, call, shared, extra, lse)``: (B, T, H, W, C) → (B, T, H, W, heads*D) and lse or None."""
+    """``branch(z, host, call, shared, extra, lse, unlifted)``: (B, T, H, W, C) → (B, T, H, W, heads*D), or its `Unlifted` form
+    where the caller takes that, and lse or None."""
 
     def __init__(self, spec: BranchSpec, site: Site, kernel: str):
         super().__init__()
@@ -132,12 +133,13 @@ class Branch(nn.Module):
         return self._back(y.flatten(4), place, call, unlifted), found
 
     def _back(self, y: Tensor, place: Geometry | None, call: Call, unlifted: bool) -> Tensor | Unlifted:
-        """(B, t, h, w, heads*D) as attended → (B, T, H, W, heads*D)."""
+        """(B, t, h, w, heads*D) as attended → (B, T, H, W, heads*D), or `Unlifted`."""
         if self.lift is None:
             return y if place is None else pool.resize(y, place.grid)
         if place is not None and self.lift.ragged == "exact":
             y = pool.resize(y, place.coarse_q)
-        if unlifted and place is not None and self.lift.cell[0] == 1 and not torch.is_grad_enabled() and not followed():
+        eager = place is not None and not torch.is_grad_enabled() and not followed()
+        if unlifted and eager and pool.in_frames(y, self.lift.cell, call.grid):
             return Unlifted(self.lift, y, call.grid)
         return self.lift(y, call.grid, place is None)  # type: ignore[no-any-return]
 

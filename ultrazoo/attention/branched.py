@@ -154,7 +154,7 @@ class BranchedSpec(AttentionSpec):
         shared = 0
         rows, owned = [], self.fuse.parameters(self.names, site)
         other, peak, saved = self.fuse.flops(self.names, site), 0, site.tokens * site.dim
-        outputs = 0
+        outputs, whole = 0, 0
         distinct = self.distinct(site)
         extra = site.extra_tokens
         for name, branch in self.branches.items():
@@ -182,10 +182,14 @@ class BranchedSpec(AttentionSpec):
             saved += 2 * attended * site.width + 2 * site.tokens * site.inner
             waits = self.fuse.takes_unlifted and branch.compresses_queries and branch.compress.cell[0] == 1
             outputs += (place.q_grid.tokens if waits else site.tokens) * site.inner
+            whole += not waits
             rows.append(BranchCost(name, pairs, 4 * pairs * site.inner, flops, branch_other, parameters))
             owned += parameters
             other += branch_other
         pairs = sum(row.pairs for row in rows)
+        if not whole:
+            # one of them is lifted, for the others to be added to
+            peak = max(peak, site.tokens * site.inner)
         if extra:
             pairs += extra * (site.tokens + extra)
             shared = max(shared, 2 * site.tokens * site.dim * 3 * site.width)
@@ -381,7 +385,7 @@ class BranchedAttention(Attention):
                 done[key] = name
             extra = call.extra if not spec.fuse.wants_lse or name == spec.names[0] else None
             fuse = spec.fuse
-            # (B, T, H, W, heads*D)
+            # (B, T, H, W, heads*D), or yet to be lifted to it
             y, found = branch(z, host, call, shared, extra, fuse.wants_lse, fuse.takes_unlifted)
             outputs[name] = y
             if found is not None:

@@ -26,7 +26,7 @@ from .door import Inputs, KernelSpec
 from .gathered import key_bias
 
 PIECE_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
-"""Bytes of answers that wait for their sum, per kind of device."""
+"""Bytes of answers that wait for their sum, and of the map that says where they stand, per kind of device."""
 GROUP_BYTES = {"cpu": 2 << 20, "cuda": 1 << 29}
 """Bytes of gathered queries and scores made at a time, per kind of device."""
 SPREAD = 1.25
@@ -94,7 +94,8 @@ class _Piece:
 
 def _pieces(block_map: BlockMap, batch: int, heads: int, dim: int) -> Iterator[_Piece]:
     """Every query that chose a block, in pieces of bounded memory."""
-    most = PIECE_BYTES.get(block_map.device.type, 1 << 28) // (4 * dim)
+    held = PIECE_BYTES.get(block_map.device.type, 1 << 28)
+    most, rows = held // (4 * dim), max(1, held // (4 * block_map.keys.count))
     for lo, hi in block_map.chunks():
         chosen = block_map.rows(lo, hi).expand(batch, heads, -1, -1)
         for pair in range(batch * heads):
@@ -105,6 +106,7 @@ def _pieces(block_map: BlockMap, batch: int, heads: int, dim: int) -> Iterator[_
             while start < hi - lo:
                 before = int(ends[start - 1]) if start else 0
                 stop = max(start + 1, int(torch.searchsorted(ends, before + most, right=True)))
+                stop = min(stop, start + rows)
                 if int(ends[stop - 1]) > before:
                     first = pair * block_map.queries.count + lo + start
                     yield _piece(mine[start:stop], counts[start:stop], first, pair, dim)
@@ -114,8 +116,8 @@ def _pieces(block_map: BlockMap, batch: int, heads: int, dim: int) -> Iterator[_
 def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _Piece:
     """Bool (rows, blocks) of the queries from row `first` on, which belong to one pair of sample and head."""
     rows, blocks = chosen.shape
-    nth = chosen.cumsum(0)
-    numbers = nth[-1]
+    nth = chosen.cumsum(0, dtype=torch.int32)
+    numbers = nth[-1].long()
     by_number = numbers.argsort(descending=True, stable=True)
     sizes = numbers[by_number].tolist()
     threads = torch.get_num_threads() if chosen.device.type == "cpu" else 1
@@ -126,7 +128,7 @@ def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _
         begins[lo:hi] = range(slots, slots + (hi - lo) * sizes[lo], sizes[lo])
         slots += (hi - lo) * sizes[lo]
     begin = torch.empty_like(numbers).index_copy_(0, by_number, torch.tensor(begins, device=chosen.device))
-    slot = (nth + (begin - 1))[chosen]
+    slot = nth.add_(begin - 1)[chosen].long()
     row = torch.arange(rows, device=chosen.device).repeat_interleave(counts, output_size=len(slot))
     queries = torch.full((slots,), -1, dtype=torch.int64, device=row.device).index_copy_(0, slot, row + first)
     groups = []

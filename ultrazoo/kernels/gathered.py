@@ -1,7 +1,7 @@
 """Block-sparse attention without a compiler: the key blocks of some query blocks are gathered, then dense attention (`dense`).
 
-Query blocks are handled in groups of similar list length and bounded memory; the backward gathers again. Softmax over the
-lists in fp32 or wider (Dao et al., arXiv 2205.14135, for the backward from the log-sum-exp).
+Query blocks are handled in groups of bounded memory, on a CPU some rows of a group at a time, and gathered for lists of similar
+length; the backward gathers again. Softmax over the lists in fp32 or wider (Dao et al., arXiv 2205.14135, for the backward from the log-sum-exp).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .dense import Added, dense, rows_at_once
 from .door import Inputs, KernelSpec
 
 GROUP_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
-"""Bytes of gathered keys, values and scores per group, per kind of device; never more than all keys and values take."""
+"""Bytes of gathered keys, values and scores at a time, per kind of device; never more than all keys and values take."""
 STEP_BYTES = 2 << 20
-"""On a CPU, bytes of queries and output, for which keys are gathered some rows at a time (`rows_at_once`)."""
+"""On a CPU, bytes of queries, output and lists of a group, whose keys are gathered some rows at a time."""
 SPREAD = 1.15
-"""Lists in one group differ in length by at most this factor: shorter ones are filled and masked."""
+"""Lists that are gathered at once differ in length by at most this factor: shorter ones are filled and masked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,15 @@ def _in_steps(block_map: BlockMap, q: Tensor, k: Tensor, v: Tensor) -> Iterator[
     return _groups(block_map, *k.shape[:2], STEP_BYTES, lambda width: row + 16 * width, math.inf)
 
 
+def _rows_of_step(queries: Tensor, width: int, k: Tensor, v: Tensor) -> int:
+    """How many rows to gather keys for at a time, with lists of up to `width` blocks."""
+    rows = rows_at_once(queries, width * k.shape[3])
+    if queries.device.type != "cpu":
+        return rows
+    most = min(GROUP_BYTES["cpu"], k.nbytes + v.nbytes)
+    return min(rows, max(1, most // (width * k.shape[3] * (k.shape[-1] + v.shape[-1]) * k.element_size())))
+
+
 class _Flat:
     """Padded keys and values as rows of blocks, so that a gather copies whole blocks."""
 
@@ -206,7 +215,7 @@ class _Gathered(torch.autograd.Function):
             found = scratch("found", (*queries.shape[:2], v.shape[-1]), q)
             at, norms, lo = flat.rows(group), [], 0
             while lo < len(queries):
-                hi = lo + rows_at_once(queries[lo:], group.counts[lo] * k.shape[3])
+                hi = lo + _rows_of_step(queries[lo:], group.counts[lo], k, v)
                 part = group.part(lo, hi)
                 keys, values = flat.keys(at[lo:hi, : part.counts[0]], scratch)
                 added, into = flat.added(part), found[lo:hi]

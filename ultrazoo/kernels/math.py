@@ -53,29 +53,31 @@ def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple
     q = q.to(wide)
     scores = (q if scale == 1 else q * scale) @ inputs.k.to(wide).transpose(-2, -1)
     if not torch.is_grad_enabled() and not followed():
-        weights, lse = _weights(scores, mask)
+        weights, lse, none = _weights(scores, mask)
+        out = weights @ inputs.v.to(wide)
+        # their weights are NaN
+        out = out if none is None else out.masked_fill_(none.unsqueeze(-1), 0.0)
     else:
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
         lse = _logsumexp(scores) if mask is not None and torch.is_grad_enabled() else scores.logsumexp(dim=-1)
         # a row without any key has lse = -inf: its weights are 0, not NaN
         weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
-    return (weights @ inputs.v.to(wide)).to(inputs.q.dtype), lse
+        out = weights @ inputs.v.to(wide)
+    return out.to(inputs.q.dtype), lse
 
 
-def _weights(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp in few passes; scores are overwritten."""
-    if mask is None:
-        weights, top = scores.softmax(-1), scores.amax(-1)
-        # the largest weight is that of the largest score
-        return weights, top - weights.amax(-1).log()
-    scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
+def _weights(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights, log-sum-exp and which rows have no key, in few passes; scores are overwritten."""
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
     weights, top = scores.softmax(-1), scores.amax(-1)
+    # the largest weight is that of the largest score
+    lse = top - weights.amax(-1).log()
+    if mask is None:
+        return weights, lse, None
     none = top == float("-inf")
-    # not where asking would wait for the device
-    if scores.device.type != "cpu" or none.any():
-        weights.masked_fill_(none.unsqueeze(-1), 0.0)
-    return weights, (top - weights.amax(-1).log()).masked_fill(none, float("-inf"))
+    return weights, lse.masked_fill(none, float("-inf")), none
 
 
 def _logsumexp(scores: Tensor) -> Tensor:

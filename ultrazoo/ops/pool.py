@@ -186,10 +186,10 @@ def _lift_phase(x: Tensor, phase: int, factor: int, out: Tensor) -> None:
     if part < 0:
         # between the cell before and their own; before the first cell there is none
         place[0] = x[0]
-        torch.lerp(x[: len(place) - 1], x[1 : len(place)], 1 + part, out=place[1:])
+        place[1:] = torch.lerp(x[: len(place) - 1], x[1 : len(place)], 1 + part)
         return
     inner = min(len(place), len(x) - 1)
-    torch.lerp(x[:inner], x[1 : inner + 1], part, out=place[:inner])
+    place[:inner] = torch.lerp(x[:inner], x[1 : inner + 1], part)
     if inner < len(place):
         place[-1] = x[-1]
 
@@ -243,8 +243,11 @@ def nearest_multiple(length: int, count: int) -> int:
 
 def depthwise_conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise 3x3x3 convolution, zero padding 1: (B, T, H, W, C) with weight (C, 1, 3, 3, 3), bias (C,)."""
-    if x.device.type == "cpu" or torch.is_grad_enabled() or followed():
+    if torch.is_grad_enabled() or followed():
         return _conv3d(x, weight, bias, 1)
+    if x.device.type == "cpu":
+        # autocast would narrow it
+        return _conv3d(x, weight, bias, 1).to(x.dtype)
     frames = _frame_by_frame(x.shape, lambda b, t: x[b, t : t + 1], weight, bias)
     return _together(frames, x.shape, x)
 
@@ -298,10 +301,15 @@ def lift_conv3d(
 
     Without gradients, where cells lie in one frame, each frame is lifted when the convolution wants it.
     """
-    if traced or cell[0] > 1 or torch.is_grad_enabled() or followed():
+    if traced or not in_frames(x, cell, size) or torch.is_grad_enabled() or followed():
         return depthwise_conv3d(lift(x, cell, size, "bilinear", ragged, traced), weight, bias)
     shape = (x.shape[0], *size, x.shape[-1])
     return _together(lift_conv3d_frames(x, cell, size, weight, bias, ragged), shape, x)
+
+
+def in_frames(x: Tensor, cell: Cell, size: Sequence[int]) -> bool:
+    """Is each frame of `size` lifted from one frame of x alone?"""
+    return cell[0] == 1 and x.shape[1] == size[0]
 
 
 def lift_frames(x: Tensor, cell: Cell, size: Sequence[int], mode: Mode, ragged: Ragged = "exact") -> Frames:

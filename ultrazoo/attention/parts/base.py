@@ -152,7 +152,7 @@ class FuseSpec(Spec):
         return 0
 
     def build(self, branches: tuple[str, ...], site: Site) -> Any:
-        """The module: ``module(outputs, x, call, lse)`` with outputs name → (B, T, H, W, heads*D)."""
+        """The module: ``module(outputs, x, call, lse)`` with outputs name → (B, T, H, W, heads*D), or their `Unlifted` form."""
         raise TypeError(f"{type(self).__name__} has no module")
 
     def shares(self, branches: tuple[str, ...]) -> Mapping[str, float]:

@@ -222,7 +222,8 @@ class _TimeGate(nn.Module):
         second = self._merge(order[1], outputs, gates)
         if isinstance(second, Unlifted):
             # the one that has all its tokens takes the other in
-            first, second, gate = second, first, 1 - gate
+            first, second = second, first
+            gate = 1 - gate.to(torch.promote_types(gate.dtype, torch.float32))
         if isinstance(second, Unlifted):
             second = second.whole()
         gate = gate.to(second.dtype)
