@@ -154,7 +154,7 @@ class BranchedSpec(AttentionSpec):
         shared = 0
         rows, owned = [], self.fuse.parameters(self.names, site)
         other, peak, saved = self.fuse.flops(self.names, site), 0, site.tokens * site.dim
-        outputs, whole = 0, 0
+        outputs = whole = 0
         distinct = self.distinct(site)
         extra = site.extra_tokens
         for name, branch in self.branches.items():
@@ -384,10 +384,9 @@ class BranchedAttention(Attention):
             if key is not None:
                 done[key] = name
             extra = call.extra if not spec.fuse.wants_lse or name == spec.names[0] else None
-            fuse = spec.fuse
             # (B, T, H, W, heads*D), or yet to be lifted to it
-            y, found = branch(z, host, call, shared, extra, fuse.wants_lse, fuse.takes_unlifted)
-            outputs[name] = y
+            fuse = spec.fuse
+            outputs[name], found = branch(z, host, call, shared, extra, fuse.wants_lse, fuse.takes_unlifted)
             if found is not None:
                 lse[name] = found
         y = self.fuse(outputs, z, call, lse)
