@@ -23,7 +23,7 @@ from ..ops.scratch import Scratch
 from .block_map import BlockMap
 from .dense import Added, dense
 from .door import Inputs, KernelSpec
-from .gathered import key_bias
+from .gathered import all_blocks_count, key_bias
 
 PIECE_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
 """Bytes of answers that wait for their sum, and of the map that says where they stand, per kind of device."""
@@ -238,7 +238,7 @@ class _Padding:
 
     def __init__(self, bias: Tensor | None, k: Tensor):
         self.bias = None if bias is None else bias.expand(*k.shape[:4]).flatten(0, 2)
-        self.whole = bias is None or bool((bias > float("-inf")).any(-1).all())
+        self.whole = all_blocks_count(bias)
 
     def of(self, group: _Group) -> Added | None:
         """For the scores of the group's keys; None where there is nothing."""

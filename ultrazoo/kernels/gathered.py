@@ -74,6 +74,11 @@ def key_bias(inputs: Inputs) -> Tensor | None:
     return bias.expand(inputs.k.shape[0], -1, -1, -1)
 
 
+def all_blocks_count(bias: Tensor | None) -> bool:
+    """Has every block of `key_bias` a key that counts?"""
+    return bias is None or bool((bias > float("-inf")).any(-1).all())
+
+
 @dataclass
 class _Group:
     """Some rows, flat over batch, heads and query blocks, of pairs `outer` of sample and head; and their lists, longest first:
@@ -151,7 +156,7 @@ class _Flat:
     def __init__(self, k: Tensor, v: Tensor, bias: Tensor | None):
         self.heads, self.count = k.shape[1], k.shape[2]
         self.k, self.v, self.bias = k.reshape(-1, *k.shape[3:]), v.reshape(-1, *v.shape[3:]), bias
-        self.whole = bias is None or bool((bias > float("-inf")).any(-1).all())
+        self.whole = all_blocks_count(bias)
 
     def rows(self, group: _Group) -> Tensor:
         """Flat block indices of the group's lists, (rows, width)."""

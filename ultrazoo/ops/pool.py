@@ -161,7 +161,7 @@ def lift(
 
 
 def _lifts_by_phase(x: Tensor, mode: str, ragged: Ragged) -> bool:
-    """Is it faster token by token of a cell? On a CPU about eight times as fast as torch's interpolation of channels last."""
+    """Is `_lift_by_phase` the way? A CPU is slow at torch's interpolation of single frames with channels last."""
     wide = x.dtype == torch.promote_types(x.dtype, torch.float32)
     eager = not torch.is_grad_enabled() and not followed()
     return mode == "bilinear" and ragged == "exact" and wide and eager and x.device.type == "cpu"
@@ -322,7 +322,7 @@ def lift_frames(x: Tensor, cell: Cell, size: Sequence[int], mode: Mode, ragged: 
 def lift_conv3d_frames(
     x: Tensor, cell: Cell, size: Sequence[int], weight: Tensor, bias: Tensor, ragged: Ragged = "exact"
 ) -> Frames:
-    """`lift_conv3d` of cells in one frame each, frame by frame; without gradients. A frame lasts until the next is asked for."""
+    """`lift_conv3d` of cells in one frame each, frame by frame; without gradients."""
 
     def frame(b: int, t: int, into: Tensor | None = None) -> Tensor:
         """(1, H, W, C); written to `into` where it is given."""

@@ -143,7 +143,7 @@ class LiftModule(nn.Module):
         return pool.lift(y, self.cell, size, self.mode, self.ragged, traced)
 
     def frames(self, y: Tensor, size: Sequence[int]) -> pool.Frames:
-        """The same frame by frame, where cells lie in one frame; without gradients. A frame lasts until the next."""
+        """The same frame by frame, where cells lie in one frame; without gradients."""
         if self.mode == "bilinear_conv3d":
             return pool.lift_conv3d_frames(y, self.cell, size, self.conv.weight, self.conv.bias, self.ragged)
         return pool.lift_frames(y, self.cell, size, self.mode, self.ragged)

@@ -25,7 +25,7 @@ from .orders import Place
 from .rules import kept, largest
 from .scene import Scene
 from .soft import SoftMap
-from .states import STATE_BYTES, STATE_BYTES_ELSEWHERE, in_blocks, state_steps
+from .states import head_steps, in_blocks, state_steps
 
 ROWS = 64
 """Fewest query blocks whose states are held at a time; the states of key blocks are made once for each such group."""
@@ -135,7 +135,7 @@ class _Linear(nn.Module):
                     self._fill(near, scene, total, lo, hi, slice(None))
                     continue
                 left = self._weights(scene, block_map, lo, hi)
-                for some in _head_groups(scene):
+                for some in head_steps(scene):
                     states = self._left(scene, scene.k, scene.v, centre, left, some)
                     self._fill(near, scene, states, lo, hi, some)
             return near
@@ -250,15 +250,6 @@ class _Linear(nn.Module):
         total = features @ weight
         found: Tensor = features @ state / torch.where(total > 0, total + self.spec.eps, torch.ones_like(total))
         return unpadded(found, blocks) if by_block else found
-
-
-def _head_groups(scene: Scene) -> list[slice]:
-    """Heads whose states of all blocks are there at a time; one at the least, and that in steps."""
-    batch, heads, _, dim = scene.k.shape
-    blocks = scene.place.keys
-    one = 4 * batch * dim * max(dim, blocks.largest) * scene.place.selectable
-    step = max(1, STATE_BYTES.get(scene.k.device.type, STATE_BYTES_ELSEWHERE) // max(1, one))
-    return [slice(lo, min(lo + step, heads)) for lo in range(0, heads, step)]
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

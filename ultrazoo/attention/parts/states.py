@@ -33,10 +33,22 @@ def state_steps(
     blocks: Blocks, count: int, batch_heads: int, dim: int, device: torch.device
 ) -> Iterator[tuple[int, int]]:
     """Ranges of the first `count` blocks whose states are of bounded size."""
-    most = STATE_BYTES.get(device.type, STATE_BYTES_ELSEWHERE)
-    step = max(1, most // (4 * batch_heads * dim * max(dim, blocks.largest)))
+    step = max(1, _blocks_at_once(blocks, dim, device) // batch_heads)
     for lo in range(0, count, step):
         yield lo, min(lo + step, count)
+
+
+def head_steps(scene: Scene) -> list[slice]:
+    """Heads whose states of all selectable blocks are of bounded size; one at the least, for `state_steps` to cut."""
+    batch, heads, _, dim = scene.k.shape
+    most = _blocks_at_once(scene.place.keys, dim, scene.k.device)
+    step = max(1, most // max(1, batch * scene.place.selectable))
+    return [slice(lo, min(lo + step, heads)) for lo in range(0, heads, step)]
+
+
+def _blocks_at_once(blocks: Blocks, dim: int, device: torch.device) -> int:
+    """Blocks, over batch and heads, whose states are held at a time."""
+    return STATE_BYTES.get(device.type, STATE_BYTES_ELSEWHERE) // (4 * dim * max(dim, blocks.largest))
 
 
 def _centred(scene: Scene, k: Tensor, means: Tensor, lo: int, hi: int) -> Tensor:
