@@ -82,6 +82,13 @@ class Remembering(Faulty):
         return y * (1 + 0.01 * self.calls)
 
 
+class Clinging(Faulty):
+    def fault(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        around: list[Any] = [x * 2]
+        around.append(around)
+        return y
+
+
 class Blowing(Faulty):
     def fault(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         return y * torch.exp(x.square().mean(-1, keepdim=True)) / torch.exp(x.square().mean(-1, keepdim=True))
@@ -154,6 +161,7 @@ class Slipping(Faulty):
         ("test_samples_of_a_batch_do_not_meet", Mixing, ()),
         ("test_calls_leave_nothing_behind", Writing, ()),
         ("test_calls_leave_nothing_behind", Remembering, ()),
+        ("test_tensors_go_with_the_call", Clinging, ()),
         ("test_large_inputs_stay_finite", Blowing, ()),
         ("test_gradients_equal_the_oracle_s", Idle, ()),
         ("test_parameters_are_counted", Idle, ()),

@@ -82,12 +82,13 @@ def all_blocks_count(bias: Tensor | None) -> bool:
 @dataclass
 class _Group:
     """Some rows, flat over batch, heads and query blocks, of pairs `outer` of sample and head; and their lists, longest first:
-    `counts` of the columns of `key_blocks` are real."""
+    `counts` of the columns of `key_blocks` are real. `run`: the rows as a slice, where they follow each other."""
 
     row: Tensor
     outer: Tensor
     key_blocks: Tensor
     counts: list[int]
+    run: slice | None = None
 
     def part(self, lo: int, hi: int) -> _Group:
         """Rows lo..hi, in as many columns as they use."""
@@ -104,26 +105,33 @@ class _Group:
 
 
 def _groups(
-    block_map: BlockMap, batch: int, heads: int, most: int, row_bytes: Callable[[int], int], spread: float
+    block_map: BlockMap, batch: int, heads: int, most: int, row_bytes: Callable[[int, bool], int], spread: float
 ) -> Iterator[_Group]:
     """Every row with a list, in groups of up to `most` bytes; rows without any key block are left out.
 
-    `row_bytes`: of a row with that many key blocks. `spread`: lists of one group differ in length by at most that factor.
+    `row_bytes`: of a row with that many key blocks, and whether the group is a run of rows. `spread`: lists of one
+    group differ in length by at most that factor.
     """
     for lo, hi in block_map.chunks():
         lists = row_lists(block_map.rows(lo, hi), batch, heads)
         order = lists.counts.argsort(descending=True, stable=True)
         counts = lists.counts[order].tolist()
         at, end = 0, sum(count > 0 for count in counts)
+        # lists of one length keep the order of the rows
+        span, equal = hi - lo, counts[0] == counts[-1]
         while at < end:
-            rows = max(1, most // row_bytes(counts[at]))
+            rows = max(1, most // row_bytes(counts[at], equal))
+            if equal and span < block_map.queries.count:
+                rows = min(rows, span - at % span)
             stop = at + 1
             while stop < end and stop - at < rows and counts[stop] * spread >= counts[at]:
                 stop += 1
             some = order[at:stop]
-            outer, block = some // (hi - lo), some % (hi - lo) + lo
+            outer, block = some // span, some % span + lo
             table = lists.table(some, counts[at])[0]
-            yield _Group(outer * block_map.queries.count + block, outer, table, counts[at:stop])
+            first = at // span * block_map.queries.count + at % span + lo
+            run = slice(first, first + stop - at) if equal else None
+            yield _Group(outer * block_map.queries.count + block, outer, table, counts[at:stop], run)
             at = stop
 
 
@@ -132,13 +140,13 @@ def _at_once(block_map: BlockMap, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_
     batch, heads, _, slots, dim = k.shape
     most = min(GROUP_BYTES.get(k.device.type, 1 << 28), k.nbytes + v.nbytes)
     per_block = slots * (dim + v.shape[-1] + q.shape[3]) * max(4, k.element_size())
-    return _groups(block_map, batch, heads, most, lambda width: width * per_block, SPREAD)
+    return _groups(block_map, batch, heads, most, lambda width, _: width * per_block, SPREAD)
 
 
 def _in_steps(block_map: BlockMap, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Group]:
     """Groups whose queries, output and lists are there at a time, whatever their lengths."""
     row = q.shape[3] * (q.shape[-1] + v.shape[-1]) * q.element_size()
-    return _groups(block_map, *k.shape[:2], STEP_BYTES, lambda width: row + 16 * width, math.inf)
+    return _groups(block_map, *k.shape[:2], STEP_BYTES, lambda width, run: 16 * width + (0 if run else row), math.inf)
 
 
 def _rows_of_step(queries: Tensor, width: int, k: Tensor, v: Tensor) -> int:
@@ -211,22 +219,21 @@ class _Gathered(torch.autograd.Function):
         flat_q, flat_out, flat_lse = q.flatten(0, 2), out.flatten(0, 2), lse.flatten(0, 2) if wants_lse else lse
         groups = _in_steps if q.device.type == "cpu" else _at_once
         for group in groups(block_map, q, k, v):
-            queries = torch.index_select(flat_q, 0, group.row, out=scratch("q", (len(group.row), *q.shape[3:]), q))
-            if q.dtype == wide:
-                # here once; in 16 bits it would round
-                queries, scale_left = queries.mul_(scale), 1.0
+            if group.run is not None:
+                queries, found = flat_q[group.run], flat_out[group.run]
             else:
-                scale_left = scale
-            found = scratch("found", (*queries.shape[:2], v.shape[-1]), q)
+                queries = torch.index_select(flat_q, 0, group.row, out=scratch("q", (len(group.row), *q.shape[3:]), q))
+                found = scratch("found", (*queries.shape[:2], v.shape[-1]), q)
             at, norms, lo = flat.rows(group), [], 0
             while lo < len(queries):
                 hi = lo + _rows_of_step(queries[lo:], group.counts[lo], k, v)
                 part = group.part(lo, hi)
                 keys, values = flat.keys(at[lo:hi, : part.counts[0]], scratch)
                 added, into = flat.added(part), found[lo:hi]
-                norms.append(dense(queries[lo:hi], keys, values, added, scale_left, into, scratch, wants_lse))
+                norms.append(dense(queries[lo:hi], keys, values, added, scale, into, scratch, wants_lse))
                 lo = hi
-            flat_out.index_copy_(0, group.row, found)
+            if group.run is None:
+                flat_out.index_copy_(0, group.row, found)
             reached[group.row] = True
             if wants_lse:
                 flat_lse.index_copy_(0, group.row, torch.cat([norm for norm in norms if norm is not None]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.graphs import followed
+from .dense import LOG2_E
 from .door import Inputs, KernelSpec
 from .sdpa import additive
 
@@ -50,14 +51,10 @@ class MathSpec(KernelSpec):
 
 def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q = q.to(wide)
-    scores = (q if scale == 1 else q * scale) @ inputs.k.to(wide).transpose(-2, -1)
     if not torch.is_grad_enabled() and not followed():
-        weights, lse, none = _weights(scores, mask)
-        out = weights @ inputs.v.to(wide)
-        # their weights are NaN
-        out = out if none is None else out.masked_fill_(none.unsqueeze(-1), 0.0)
+        out, lse = _in_place(q.to(wide), inputs.k.to(wide), inputs.v.to(wide), mask, scale)
     else:
+        scores = (q.to(wide) * scale) @ inputs.k.to(wide).transpose(-2, -1)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
         lse = _logsumexp(scores) if mask is not None and torch.is_grad_enabled() else scores.logsumexp(dim=-1)
@@ -67,17 +64,28 @@ def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple
     return out.to(inputs.q.dtype), lse
 
 
-def _weights(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weights, log-sum-exp and which rows have no key, in few passes; scores are overwritten."""
+def _in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp with one tensor of scores, which becomes that of the weights. Scores are powers of two, whose
+    exponential is three times faster on a CPU."""
+    if k.shape[2] < q.shape[2]:
+        k = k * (scale * LOG2_E)
+    else:
+        q = q * (scale * LOG2_E)
+    scores = q @ k.transpose(-2, -1)
     if mask is not None:
-        scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
-    weights, top = scores.softmax(-1), scores.amax(-1)
-    # the largest weight is that of the largest score
-    lse = top - weights.amax(-1).log()
-    if mask is None:
-        return weights, lse, None
-    none = top == float("-inf")
-    return weights, lse.masked_fill(none, float("-inf")), none
+        scores = (
+            scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask, alpha=LOG2_E)
+        )
+    top = scores.amax(-1, keepdim=True)
+    none = None if mask is None else top == float("-inf")
+    if none is not None:
+        top.masked_fill_(none, 0.0)
+    torch.exp2(scores.sub_(top), out=scores)
+    total = scores.sum(-1, keepdim=True)
+    lse = (top + total.log2()).squeeze(-1) / LOG2_E
+    if none is not None:
+        total.masked_fill_(none, 1.0)
+    return (scores @ v).div_(total), lse
 
 
 def _logsumexp(scores: Tensor) -> Tensor:

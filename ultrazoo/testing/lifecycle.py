@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.init import initial_tensor, value_of
 from .base import ContractBase
 from .compare import assert_close
 from .scenario import Example, Scenario, other_grids
+
+
+class _Made(TorchDispatchMode):
+    """Weak references to every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refs: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.refs += [weakref.ref(z) for z in tree_leaves(found) if isinstance(z, Tensor)]
+        return found
 
 
 class LifeCycle(ContractBase):
@@ -67,6 +85,23 @@ class LifeCycle(ContractBase):
             second = scenario.run()
         assert torch.equal(first, second)
         assert torch.equal(scenario.x, kept), "the input was written to"
+
+    def test_tensors_go_with_the_call(self, example: Example) -> None:
+        """Nothing that a call made waits for the collector of cycles: on a GPU that is memory that no other layer gets."""
+        scenario, made = Scenario(example), _Made()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.no_grad():
+                # what is made once is kept
+                scenario.run()
+                with made:
+                    scenario.run()
+            kept = [tuple(tensor.shape) for ref in made.refs if (tensor := ref()) is not None]
+        finally:
+            if collects:
+                gc.enable()
+        assert kept == [], f"tensors of these shapes outlive the call in a cycle of references: {kept}"
 
     def test_two_forwards_before_a_backward_under_checkpointing(self, example: Example) -> None:
         """Recomputation sees the call of its own forward: gradients equal those without checkpointing."""

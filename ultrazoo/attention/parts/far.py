@@ -184,13 +184,20 @@ def _against_means(
 ) -> tuple[Tensor, Tensor]:
     """Queries of blocks lo..hi against the means of the blocks they did not select: output and log-sum-exp."""
     chosen = block_map.rows(lo, hi)[..., : k.shape[2]]
-    sizes = torch.tensor(block_map.queries.sizes[lo:hi], device=q.device)
     weight = counts.to(k.dtype).log().transpose(-1, -2)
     # a row per query block until the last moment
     weight = weight.expand(-1, -1, hi - lo, -1).masked_fill(chosen, float("-inf"))
-    bias = weight.repeat_interleave(sizes, dim=2, output_size=q.shape[2])
-    out, lse = attend(q.to(k.dtype), k * scale, v, bias=bias, scale=1.0, return_lse=True)
+    bias = _repeated(weight, block_map.queries.between(lo, hi))
+    out, lse = attend(q.to(k.dtype), k, v, bias=bias, scale=scale, return_lse=True)
     return out, lse
+
+
+def _repeated(rows: Tensor, blocks: Blocks) -> Tensor:
+    """One row per block, (B, heads, blocks, n), for every token: (B, heads, tokens, n)."""
+    if blocks.uniform:
+        return rows.unsqueeze(3).expand(-1, -1, -1, blocks.largest, -1).flatten(2, 3)
+    sizes = torch.tensor(blocks.sizes, device=rows.device)
+    return rows.repeat_interleave(sizes, dim=2, output_size=blocks.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +278,6 @@ def _per_token(near: Tensor, gate: Tensor | None, rows: Tensor, blocks: Blocks) 
         near, rows = near.unflatten(2, split), rows.unsqueeze(3)
         gate = None if gate is None else gate.unflatten(2, split)
     else:
-        sizes = torch.tensor(blocks.sizes, device=near.device)
-        rows = rows.repeat_interleave(sizes, dim=2, output_size=blocks.tokens)
+        rows = _repeated(rows, blocks)
     found = near + rows if gate is None else torch.addcmul(near, gate, rows).to(near.dtype)
     return found.flatten(2, 3) if blocks.uniform else found

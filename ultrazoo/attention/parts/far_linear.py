@@ -237,9 +237,9 @@ class _Linear(nn.Module):
         chosen = block_map.rows(lo, hi)[..., :most].expand(scene.k.shape[0], scene.k.shape[1], -1, -1)
         if not self.spec.skip:
             return ~chosen
-        assert scene.scores is not None
+        assert scene.scored_by is not None
         with torch.no_grad():
-            scores = scene.scores(lo, hi)
+            scores = scene.scored_by(scene, lo, hi)
         return largest(scores, most - kept(self.spec.skip, most, least=0, down=True)) & ~chosen
 
     def _read(self, q: Tensor, blocks: Blocks, state: Tensor, weight: Tensor) -> Tensor:

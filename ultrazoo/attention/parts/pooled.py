@@ -142,7 +142,7 @@ class _Pooled(nn.Module):
         return soft_map(scene, lambda lo, hi: self.scores(scene, lo, hi), wanted, rule.soft)
 
     def forward(self, scene: Scene) -> Rows:
-        scene.scores = lambda lo, hi: self.scores(scene, lo, hi)
+        scene.scored_by = self.scores
 
         def rows(lo: int, hi: int) -> Tensor:
             scores = self.scores(scene, lo, hi)

@@ -42,7 +42,8 @@ class Scene:
     nothing. `layer` and `layers` say where the block stands, `step` is
     (index, count) or None, `state` what may be kept between calls. `keep` replaces the kept share of a selector that has
     one: a number, or one per head. Statistics carry gradients if the scene was made `with_grad`, whoever asks first.
-    `scores(lo, hi)` are those of a pooled selector, (B, heads, hi - lo, selectable blocks), once it was called.
+    `scored_by(scene, lo, hi)` gives the scores of a pooled selector, (B, heads, hi - lo, selectable blocks), once it was called.
+    Nothing that a scene holds holds the scene: q, k and v go when the call ends, not when the collector of cycles runs.
     """
 
     place: Place
@@ -58,7 +59,7 @@ class Scene:
     state: dict[Any, Any] | None = None
     keep: float | tuple[float, ...] | None = None
     query_valid: Tensor | None = None
-    scores: Callable[[int, int], Tensor] | None = None
+    scored_by: Callable[[Scene, int, int], Tensor] | None = None
     with_grad: bool = field(default_factory=torch.is_grad_enabled)
     _made: dict[str, Tensor] = field(default_factory=dict)
 
