@@ -5,6 +5,7 @@ Anonymous memory (RssAnon) is what the process itself allocated; memory-mapped f
 
 from __future__ import annotations
 
+import ctypes
 import re
 import statistics
 import subprocess
@@ -15,6 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SAMPLE_S = 0.02
+KEPT_BYTES = (1 << 31) - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what this process frees, as torch's allocator does on a GPU: without it every call pays for fresh pages,
+    or does not, as chance has it. False where the C library has no such setting.
+
+    The environment does the same from outside: MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    # M_MMAP_THRESHOLD (32 MiB is its largest), M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    return all([mallopt(-3, 1 << 25), mallopt(-1, KEPT_BYTES), mallopt(-2, 1 << 28)])
 
 
 @dataclass(frozen=True)

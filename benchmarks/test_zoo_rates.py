@@ -5,7 +5,8 @@ queries, keys and values, its output the identity. Bound: ``t <= c * share * t_f
 same q, k, v; `share` the visited pairs over N^2 (what data decides is counted on this data); `t_move` a copy of q, k, v and
 the output, and the selection by itself. c is 1.7 with the compiled kernel, 2.8 without a compiler. A design's own projections
 (`project_s`: the gate of video_sparse, q, k and v over time of divided, ...) are timed by themselves and taken off, for the
-host's are no part of the core either; `factor_all` is the same ratio with them in it.
+host's are no part of the core either; `factor_all` is the same ratio with them in it. glibc keeps what is freed (`keep_freed_memory`),
+for full attention as for the designs.
 
 On a GPU: bf16, the head sizes of Wan 1.3B and of a wide layer, up to 171 360 tokens; `t_full` is the fastest of torch's dense kernels
 there, the selection counts as the design's own, and c is 1.05 for designs whose pairs follow from the size and 1.3 for those that
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gates import examples_against_oracle
-from benchmarks.measure import interleaved
+from benchmarks.measure import interleaved, keep_freed_memory
 from benchmarks.rows import Row
 from benchmarks.test_zoo_memory import spec_of
 from ultrazoo import kernels, registry
@@ -57,6 +58,11 @@ FIXED_ON_GPU, CHOSEN_ON_GPU = 1.05, 1.3
 GPU_GRIDS = {"37.8k": Grid(21, 30, 60), "73.5k": Grid(21, 50, 70), "171k": Grid(21, 68, 120)}
 GPU_HEADS = (12, 56)
 GPU_HEAD_DIM = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _allocator() -> None:
+    keep_freed_memory()
 
 
 def _by_head(z: Tensor, head_dim: int) -> Tensor:

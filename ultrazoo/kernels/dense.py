@@ -67,10 +67,9 @@ def _in_cache(
     q: Tensor, k: Tensor, v: Tensor, added: Added | None, scale: float, out: Tensor, scratch: Scratch, lse: bool
 ) -> Tensor | None:
     wide = torch.promote_types(q.dtype, torch.float32)
-    # in powers of two, whose exponential is three times faster
-    scaled = torch.mul(q.to(wide), scale * LOG2_E, out=scratch("scaled", q.shape, q, wide))
-    shape = (*q.shape[:2], k.shape[1])
-    scores = torch.bmm(scaled, k.to(wide).transpose(1, 2), out=scratch("scores", shape, q, wide))
+    scores = scratch("scores", (*q.shape[:2], k.shape[1]), q, wide)
+    # in powers of two, whose exponential is three times faster; what stands there is not read
+    torch.baddbmm(scores, q.to(wide), k.to(wide).transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=scores)
     none = None if added is None else added.none()
     if added is not None:
         scores.add_(added.scores * LOG2_E)
