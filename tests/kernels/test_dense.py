@@ -55,7 +55,7 @@ def test_against_softmax(form: str, values: int, masked: bool, whole: bool) -> N
 
 
 def test_scores_far_apart() -> None:
-    """The log-sum-exp comes from the largest weight, which no spread of scores makes vanish."""
+    """The largest score is taken off before the exponentials, so that no spread of scores makes them vanish or overflow."""
     q = torch.ones(1, 1, 1)
     k = torch.tensor([[[-3000.0], [2000.0], [2000.0]]])
     out = torch.empty(1, 1, 1)

@@ -222,6 +222,32 @@ def test_small_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close("in groups of one", one, reference, 1e-13)
 
 
+@pytest.mark.parametrize("rows_of_chunk", [1, 3, 6])
+@pytest.mark.parametrize("step_bytes", [1, 1 << 8, 1 << 20])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_lists_of_one_length(
+    monkeypatch: pytest.MonkeyPatch, rows_of_chunk: int, step_bytes: int, at_once: bool
+) -> None:
+    """They run where they stand, in chunks of the map that may cut every head's rows; as on a GPU, too."""
+    from ultrazoo.kernels import block_map
+
+    call = asked("ragged")
+    call.chosen = torch.rand(call.chosen.shape, generator=torch.Generator().manual_seed(1)).argsort(-1) < 2
+    monkeypatch.setattr(module, "STEP_BYTES", step_bytes)
+    monkeypatch.setitem(block_map.CHUNK_BYTES, "cpu", rows_of_chunk * BATCH * HEADS * RAGGED.count)
+    if at_once:
+        monkeypatch.setattr(module, "_in_steps", module._at_once)
+        monkeypatch.setattr(module, "dense", lambda *args: dense_module._plain(*args[:6]))
+    gathers = []
+    select = torch.index_select
+    monkeypatch.setattr(torch, "index_select", lambda *a, **kw: (gathers.append(a[0].shape), select(*a, **kw))[1])
+    found = call.run()
+    for one, reference in zip(found, call.dense(), strict=True):
+        assert_close("lists of one length", one, reference, 1e-13)
+    # keys and values, no queries
+    assert set(gathers) == {(BATCH * HEADS * RAGGED.count, RAGGED.largest, size) for size in (SIZE, VALUES)}
+
+
 def test_which_dense_part_runs(dense_part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that both are tested here."""
     calls = []
