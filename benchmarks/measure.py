@@ -20,8 +20,8 @@ KEPT_BYTES = (1 << 31) - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what this process frees, as torch's allocator does on a GPU: without it every call pays for fresh pages,
-    or does not, as chance has it. False where the C library has no such setting.
+    """Let glibc keep what this process frees, in pieces of up to 32 MiB, as torch's allocator does on a GPU: without it every
+    call pays for fresh pages, or does not, as chance has it. False where the C library has no such setting.
 
     The environment does the same from outside: MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_.
     """

@@ -230,3 +230,32 @@ def test_a_package_counts_when_its_function_is_there(
 def test_what_can_never_run_is_known_without_inputs(kernel: str, passes: set[str], words: str) -> None:
     assert words in registry.find("kernel", kernel).never(passes)
     assert registry.find("kernel", "math").never(passes - {"block_map"}) == []
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_sums_of_the_math_kernel_stay_wide_under_autocast(learns: bool) -> None:
+    """An exponential sum of 4096 equal keys is beyond fp16, and so is its product with values of 30."""
+    q, v = torch.zeros(1, 1, 2, 8), torch.full((1, 1, 4096, 8), 30.0)
+    with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.float16):
+        out, lse = attend(q, torch.zeros_like(v), v, return_lse=True, kernel="math")
+    torch.testing.assert_close(out.float(), torch.full_like(q, 30.0))
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, torch.full((1, 1, 2), 4096.0).log())
+
+
+def test_values_that_no_query_sees_do_not_reach_it() -> None:
+    """NaN there is not multiplied by a weight of zero."""
+    q, v = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 4, 8)
+    v[0] = torch.nan
+    mask = torch.tensor([False, True]).view(2, 1, 1, 1).expand(-1, -1, -1, 4)
+    with torch.no_grad():
+        out, _ = attend(q, q.new_ones(2, 1, 4, 8), v, key_mask=mask, return_lse=True, kernel="math")
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+
+
+def test_the_math_kernel_under_transforms() -> None:
+    q, k, v = torch.randn(3, 2, 1, 2, 5, 4).unbind(0)
+    with torch.no_grad():
+        many = torch.func.vmap(lambda *given: attend(*given, kernel="math"))(q, k, v)
+        one = torch.stack([attend(*given, kernel="math") for given in zip(q, k, v, strict=True)])
+    torch.testing.assert_close(many, one)

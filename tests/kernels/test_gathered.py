@@ -222,20 +222,19 @@ def test_small_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close("in groups of one", one, reference, 1e-13)
 
 
-@pytest.mark.parametrize("rows_of_chunk", [1, 3, 6])
-@pytest.mark.parametrize("step_bytes", [1, 1 << 8, 1 << 20])
-@pytest.mark.parametrize("at_once", [False, True])
-def test_lists_of_one_length(
-    monkeypatch: pytest.MonkeyPatch, rows_of_chunk: int, step_bytes: int, at_once: bool
-) -> None:
-    """They run where they stand, in chunks of the map that may cut every head's rows; as on a GPU, too."""
+@pytest.mark.parametrize("rows_of_chunk", [1, 2, 3])
+@pytest.mark.parametrize("step_bytes", [1, 1 << 8, 1 << 20, None])
+def test_lists_of_one_length(monkeypatch: pytest.MonkeyPatch, rows_of_chunk: int, step_bytes: int | None) -> None:
+    """They run where they stand, in chunks of the map that may cut every head's rows; as on a GPU, too (None)."""
     from ultrazoo.kernels import block_map
 
-    call = asked("ragged")
+    call = asked("unequal")
     call.chosen = torch.rand(call.chosen.shape, generator=torch.Generator().manual_seed(1)).argsort(-1) < 2
-    monkeypatch.setattr(module, "STEP_BYTES", step_bytes)
+    monkeypatch.setattr(module, "RUN_ROWS", 1)
     monkeypatch.setitem(block_map.CHUNK_BYTES, "cpu", rows_of_chunk * BATCH * HEADS * RAGGED.count)
-    if at_once:
+    if step_bytes is not None:
+        monkeypatch.setattr(module, "STEP_BYTES", step_bytes)
+    else:
         monkeypatch.setattr(module, "_in_steps", module._at_once)
         monkeypatch.setattr(module, "dense", lambda *args: dense_module._plain(*args[:6]))
     gathers = []
@@ -246,6 +245,22 @@ def test_lists_of_one_length(
         assert_close("lists of one length", one, reference, 1e-13)
     # keys and values, no queries
     assert set(gathers) == {(BATCH * HEADS * RAGGED.count, RAGGED.largest, size) for size in (SIZE, VALUES)}
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -2.5e38])
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_lowest_weights_are_no_masks(lowest: float, learns: bool) -> None:
+    """What other libraries give for "no key" is a number here, and a row that has nothing else is a mean."""
+    call = asked("even", torch.float32)
+    call.chosen[:] = True
+    call.log_weight = torch.full((BATCH, 1, 1, call.keys.tokens), lowest)
+    with torch.set_grad_enabled(learns):
+        out, lse = call.run()
+        same, norm = attend(call.q, call.k, call.v, log_weight=call.log_weight, return_lse=True, kernel="math")
+    for one in (out, same):
+        torch.testing.assert_close(one, call.v.mean(2, keepdim=True).expand_as(one))
+    for one in (lse, norm):
+        assert bool(one.isfinite().all())
 
 
 def test_which_dense_part_runs(dense_part: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,9 @@ from .grouped import SLAB_BYTES, SLAB_BYTES_ELSEWHERE
 
 Classes = tuple[TileClass, TileClass, TileClass]
 
+NUMBERED = 16
+"""Slabs whose rows are numbered at a time: a number takes little beside the row it stands for."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -102,8 +105,8 @@ def _slabs(q: Tensor, k: Tensor, job: Job, limit: int) -> Iterator[Slab]:
         laid_out = many_q * many_k * q.element_size() if bias is not None and job.valid is not None else 0
         step = max(1, limit // (2 * (many_q + many_k) * row_bytes + laid_out))
         tiles = batch * math.prod(counts)
-        for start in range(0, tiles, step):
-            at = torch.arange(start, min(start + step, tiles), device=device)
+        for start in range(0, tiles, step * NUMBERED):
+            at = torch.arange(start, min(start + step * NUMBERED, tiles), device=device)
             w, rest = at % counts[2], at // counts[2]
             h, rest = rest % counts[1], rest // counts[1]
             t, b = rest % counts[0], rest // counts[0]
@@ -113,7 +116,9 @@ def _slabs(q: Tensor, k: Tensor, job: Job, limit: int) -> Iterator[Slab]:
             if job.always:
                 parts.append(last.expand(at.shape[0], -1))
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            yield Slab(_tokens(queries, (t, h, w), boxes.grid) + b[:, None] * tokens, rows + b[:, None] * total, bias)
+            rows = rows + b[:, None] * total
+            mine = _tokens(queries, (t, h, w), boxes.grid) + b[:, None] * tokens
+            yield from (Slab(*some, bias) for some in zip(mine.split(step), rows.split(step), strict=True))
 
 
 def _tokens(axes: list[Tensor], tiles: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.precision import without_autocast
 from ..ops.scratch import Scratch
 
 LOG2_E = math.log2(math.e)
@@ -55,12 +56,13 @@ def dense(
     (rows, m), where asked at the least. No key at all: zeros and minus infinity.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    if q.device.type != "cpu":
-        return _plain(q, k, v, added, scale, out)
-    long = q.shape[1] * k.shape[1] * wide.itemsize > ROW_BYTES
-    if k.shape[-1] == v.shape[-1] and (q.dtype != wide or long):
-        return _fused(q, k, v, added, scale, out)
-    return _in_cache(q, k, v, added, scale, out, scratch, lse)
+    with without_autocast(q.device):
+        if q.device.type != "cpu":
+            return _plain(q, k, v, added, scale, out)
+        long = q.shape[1] * k.shape[1] * wide.itemsize > ROW_BYTES
+        if k.shape[-1] == v.shape[-1] and (q.dtype != wide or long):
+            return _fused(q, k, v, added, scale, out)
+        return _in_cache(q, k, v, added, scale, out, scratch, lse)
 
 
 def _in_cache(
@@ -68,27 +70,29 @@ def _in_cache(
 ) -> Tensor | None:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = scratch("scores", (*q.shape[:2], k.shape[1]), q, wide)
-    # in powers of two, whose exponential is three times faster; what stands there is not read
-    torch.baddbmm(scores, q.to(wide), k.to(wide).transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=scores)
-    none = None if added is None else added.none()
+    # as powers of two, whose exponential is three times faster; the lowest numbers of `added` would not survive that
+    unit = LOG2_E if added is None else 1.0
+    # what stands in `scores` is not read
+    torch.baddbmm(scores, q.to(wide), k.to(wide).transpose(1, 2), beta=0, alpha=scale * unit, out=scores)
+    none = None
     if added is not None:
-        scores.add_(added.scores * LOG2_E)
+        none = added.none()
+        scores.add_(added.scores)
     top = scores.amax(-1, keepdim=True)
     if none is not None:
         top.masked_fill_(none.unsqueeze(-1), 0.0)
     # the weights, in the place of the scores
-    torch.exp2(scores.sub_(top), out=scores)
+    scores.sub_(top)
+    (scores if added is None else scores.mul_(LOG2_E)).exp2_()
     total = scores.sum(-1, keepdim=True)
-    if none is not None:
-        total.masked_fill_(none.unsqueeze(-1), 1.0)
     if out.dtype == wide:
         torch.bmm(scores, v.to(wide), out=out).div_(total)
     else:
         out.copy_(torch.bmm(scores, v.to(wide)).div_(total))
-    if not lse:
-        return None
-    norm = (top + total.log2()).squeeze(-1).mul_(1 / LOG2_E)
-    return norm if none is None else norm.masked_fill_(none, float("-inf"))
+    if none is not None:
+        # their sum is zero
+        out.masked_fill_(none.unsqueeze(-1), 0.0)
+    return (top / unit + total.log()).squeeze(-1) if lse else None
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, added: Added | None, scale: float, out: Tensor) -> Tensor:

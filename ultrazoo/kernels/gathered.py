@@ -24,7 +24,10 @@ from .door import Inputs, KernelSpec
 GROUP_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
 """Bytes of gathered keys, values and scores at a time, per kind of device; never more than all keys and values take."""
 STEP_BYTES = 2 << 20
-"""On a CPU, bytes of queries, output and lists of a group, whose keys are gathered some rows at a time."""
+"""On a CPU, bytes of lists of a group, and of queries and output that are copied for it; its keys are gathered some rows at a
+time."""
+RUN_ROWS = 16
+"""Fewest rows of one head in a chunk of a map that are handled where they stand, if their lists are of one length."""
 SPREAD = 1.15
 """Lists that are gathered at once differ in length by at most this factor: shorter ones are filled and masked."""
 
@@ -117,8 +120,9 @@ def _groups(
         order = lists.counts.argsort(descending=True, stable=True)
         counts = lists.counts[order].tolist()
         at, end = 0, sum(count > 0 for count in counts)
+        span = hi - lo
         # lists of one length keep the order of the rows
-        span, equal = hi - lo, counts[0] == counts[-1]
+        equal = counts[0] == counts[-1] and span >= min(RUN_ROWS, block_map.queries.count)
         while at < end:
             rows = max(1, most // row_bytes(counts[at], equal))
             if equal and span < block_map.queries.count:
@@ -144,7 +148,7 @@ def _at_once(block_map: BlockMap, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_
 
 
 def _in_steps(block_map: BlockMap, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Group]:
-    """Groups whose queries, output and lists are there at a time, whatever their lengths."""
+    """Groups whose lists are there at a time, whatever their lengths, and copies of queries and output where they need them."""
     row = q.shape[3] * (q.shape[-1] + v.shape[-1]) * q.element_size()
     return _groups(block_map, *k.shape[:2], STEP_BYTES, lambda width, run: 16 * width + (0 if run else row), math.inf)
 

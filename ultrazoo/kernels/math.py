@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.graphs import followed
+from ..ops.precision import without_autocast
 from .dense import LOG2_E
 from .door import Inputs, KernelSpec
 from .sdpa import additive
@@ -51,41 +52,64 @@ class MathSpec(KernelSpec):
 
 def _rows(q: Tensor, inputs: Inputs, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if not torch.is_grad_enabled() and not followed():
-        out, lse = _in_place(q.to(wide), inputs.k.to(wide), inputs.v.to(wide), mask, scale)
+    q, k, v = q.to(wide), inputs.k.to(wide), inputs.v.to(wide)
+    if followed():
+        out, lse = _traced(q, k, v, mask, scale)
     else:
-        scores = (q.to(wide) * scale) @ inputs.k.to(wide).transpose(-2, -1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
-        lse = _logsumexp(scores) if mask is not None and torch.is_grad_enabled() else scores.logsumexp(dim=-1)
-        # a row without any key has lse = -inf: its weights are 0, not NaN
-        weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
-        out = weights @ inputs.v.to(wide)
+        with without_autocast(q.device):
+            out, lse = (_learning if torch.is_grad_enabled() else _in_place)(q, k, v, mask, scale)
     return out.to(inputs.q.dtype), lse
 
 
-def _in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp with one tensor of scores, which becomes that of the weights. Scores are powers of two, whose
-    exponential is three times faster on a CPU."""
-    if k.shape[2] < q.shape[2]:
-        k = k * (scale * LOG2_E)
-    else:
-        q = q * (scale * LOG2_E)
-    scores = q @ k.transpose(-2, -1)
+def _traced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (q * scale) @ k.transpose(-2, -1)
     if mask is not None:
-        scores = (
-            scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask, alpha=LOG2_E)
-        )
-    top = scores.amax(-1, keepdim=True)
-    none = None if mask is None else top == float("-inf")
-    if none is not None:
+        scores = _masked(scores, mask)
+    lse = _logsumexp(scores) if mask is not None and torch.is_grad_enabled() else scores.logsumexp(dim=-1)
+    # a row without any key has lse = -inf: its weights are 0, not NaN
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
+    return weights @ v, lse
+
+
+def _learning(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if mask is None:
+        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+    scores = _masked(scores, mask)
+    none = scores.detach().amax(-1, keepdim=True) == float("-inf")
+    # a gradient of zero, not NaN, for rows without any key
+    scores = scores.masked_fill(none, 0.0)
+    weights = scores.softmax(-1).masked_fill(none, 0.0)
+    return weights @ v, scores.logsumexp(-1).masked_fill(none.squeeze(-1), float("-inf"))
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp with one tensor of scores, which becomes that of the weights."""
+    # as powers of two, whose exponential is three times faster on a CPU; a mask's lowest numbers would not survive that
+    unit = LOG2_E if mask is None else 1.0
+    if k.shape[2] < q.shape[2]:
+        k = k * (scale * unit)
+    else:
+        q = q * (scale * unit)
+    scores = q @ k.transpose(-2, -1)
+    if mask is None:
+        top, none = scores.amax(-1, keepdim=True), None
+        scores.sub_(top).exp2_()
+    else:
+        scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
+        top = scores.amax(-1, keepdim=True)
+        none = top == float("-inf")
         top.masked_fill_(none, 0.0)
-    torch.exp2(scores.sub_(top), out=scores)
+        scores.sub_(top).mul_(LOG2_E).exp2_()
     total = scores.sum(-1, keepdim=True)
-    lse = (top + total.log2()).squeeze(-1) / LOG2_E
-    if none is not None:
-        total.masked_fill_(none, 1.0)
-    return (scores @ v).div_(total), lse
+    out = (scores @ v).div_(total)
+    # their sum is zero
+    out = out if none is None else out.masked_fill_(none, 0.0)
+    return out, (top / unit + total.log()).squeeze(-1)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
 
 def _logsumexp(scores: Tensor) -> Tensor:

@@ -20,15 +20,15 @@ from .scenario import Example, Scenario, other_grids
 
 
 class _Made(TorchDispatchMode):
-    """Weak references to every tensor that is made."""
+    """Weak references to every tensor that is made, and its shape."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.refs: list[weakref.ref[Tensor]] = []
+        self.refs: list[tuple[weakref.ref[Tensor], tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        self.refs += [weakref.ref(z) for z in tree_leaves(found) if isinstance(z, Tensor)]
+        self.refs += [(weakref.ref(z), tuple(z.shape)) for z in tree_leaves(found) if isinstance(z, Tensor)]
         return found
 
 
@@ -88,20 +88,24 @@ class LifeCycle(ContractBase):
 
     def test_tensors_go_with_the_call(self, example: Example) -> None:
         """Nothing that a call made waits for the collector of cycles: on a GPU that is memory that no other layer gets."""
-        scenario, made = Scenario(example), _Made()
-        collects = gc.isenabled()
+        scenario, collects = Scenario(example), gc.isenabled()
         gc.disable()
         try:
-            with torch.no_grad():
-                # what is made once is kept
-                scenario.run()
-                with made:
+            for learns in (False, True):
+                made = _Made()
+                with torch.set_grad_enabled(learns):
+                    # what is made once is kept
                     scenario.run()
-            kept = [tuple(tensor.shape) for ref in made.refs if (tensor := ref()) is not None]
+                    with made:
+                        scenario.run()
+                kept = [(ref, shape) for ref, shape in made.refs if ref() is not None]
+                if kept:
+                    gc.collect()
+                cycles = [shape for ref, shape in kept if ref() is None]
+                assert cycles == [], f"tensors of these shapes outlive the call in a cycle of references: {cycles}"
         finally:
             if collects:
                 gc.enable()
-        assert kept == [], f"tensors of these shapes outlive the call in a cycle of references: {kept}"
 
     def test_two_forwards_before_a_backward_under_checkpointing(self, example: Example) -> None:
         """Recomputation sees the call of its own forward: gradients equal those without checkpointing."""
