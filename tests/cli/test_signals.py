@@ -121,6 +121,30 @@ def test_interrupt_while_torch_is_imported(place):
     assert "Traceback" not in err
 
 
+def test_an_interrupt_that_a_library_lost_is_130_too(tmp_path):
+    """numpy, interrupted while torch imports it, is tried again by others, who then fail: a user pressed Ctrl-C, no more."""
+    (tmp_path / "inside.py").write_text(
+        "import contextlib, signal, sys\nfrom ultrazoo import cli\n"
+        "def lost(arguments):\n"
+        "    with cli._terminable():\n"
+        "        if arguments:\n"
+        "            with contextlib.suppress(KeyboardInterrupt):\n"
+        "                signal.raise_signal(signal.SIGINT)\n"
+        "        raise ImportError('cannot load module more than once per process')\n"
+        "cli._run = lost\nsys.exit(cli.main(sys.argv[1:]))\n"
+    )
+
+    def run(*arguments):
+        program = [sys.executable, "-m", "inside", *arguments]
+        return subprocess.run(program, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+
+    done = run("interrupted")
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    done = run()
+    assert done.returncode == 1
+    assert done.stderr.startswith("internal error: ImportError")
+
+
 def test_an_interrupt_inside_generated_code_is_130_too(tmp_path):
     """An interpreter remembers such an interrupt, caught or not."""
     (tmp_path / "inside.py").write_text(

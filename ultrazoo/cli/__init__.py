@@ -16,12 +16,16 @@ from contextlib import contextmanager
 from .out import ReaderGone
 
 INTERRUPTED = 130
+INTERNAL = "internal error"
 PLUGIN_SECONDS = 120.0
 """How long a plugin named by a recipe may take to import, unless ULTRAZOO_PLUGIN_SECONDS says otherwise."""
+_interrupted = threading.Event()
+"""Was this run told to stop, whether or not anybody heard it?"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` unless given) and return the exit code; raises nothing."""
+    _interrupted.clear()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments[: arguments.index("--")] if "--" in arguments else "--debug" in arguments
     try:
@@ -39,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except Exception as error:  # the last resort: whatever it is, the user gets a sentence and a code
         message, code = _explain(error, debug)
+        if _interrupted.is_set() and message.startswith(INTERNAL):
+            # a library caught the interrupt, and fell over what it had left half done
+            message, code = "interrupted", INTERRUPTED
         return _say(message, code, debug)
 
 
@@ -55,19 +62,24 @@ def _run(arguments: list[str]) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Treat SIGTERM, with which schedulers end a job, as Ctrl-C: what is half done is tidied up."""
+    """Treat SIGTERM, with which schedulers end a job, as Ctrl-C: what is half done is tidied up. Either is remembered."""
 
     def stop(*_: object) -> None:
+        _interrupted.set()
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    # not where Ctrl-C is ignored, or is another program's affair
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _explain(error: Exception, debug: bool) -> tuple[str, int]:
@@ -91,7 +103,7 @@ def _explain(error: Exception, debug: bool) -> tuple[str, int]:
         where = f"{error.filename}: " if error.filename else ""
         return f"error: {where}{error.strerror}", 1
     hint = "" if debug else "; run again with --debug for the traceback"
-    return f"internal error: {type(error).__name__}: {error}{hint}", 1
+    return f"{INTERNAL}: {type(error).__name__}: {error}{hint}", 1
 
 
 def _say(message: str, code: int, debug: bool) -> int:
@@ -108,7 +120,7 @@ def _say(message: str, code: int, debug: bool) -> int:
         from .out import style
 
         head, colon, tail = message.partition(":")
-        if colon and head in ("error", "internal error"):
+        if colon and head in ("error", INTERNAL):
             message = style(head + colon, "bold", "red", stream=sys.stderr) + tail
         print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:
