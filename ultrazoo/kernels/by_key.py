@@ -164,11 +164,6 @@ class _ByKey(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         queries, keys, values = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
-        if q.dtype == wide:
-            # here once, and not once for every block that a query chose; in 16 bits it would round
-            queries, scale_left = queries * scale, 1.0
-        else:
-            scale_left = scale
         out = torch.zeros(len(queries), v.shape[-1], device=q.device, dtype=q.dtype)
         lse = torch.full(queries.shape[:1], float("-inf"), device=q.device, dtype=wide)
         scratch, padding = Scratch(), _Padding(bias, k)
@@ -184,7 +179,7 @@ class _ByKey(torch.autograd.Function):
                 ]
                 added = padding.of(group)
                 into = answers[group.slots].unflatten(0, group.queries.shape)
-                norm = dense(mine, *theirs, added, scale_left, into, scratch, lse=True)
+                norm = dense(mine, *theirs, added, scale, into, scratch, lse=True)
                 assert norm is not None
                 norms[group.slots] = norm.flatten()
             norm = norms[piece.slot]

@@ -70,29 +70,36 @@ def _in_cache(
 ) -> Tensor | None:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = scratch("scores", (*q.shape[:2], k.shape[1]), q, wide)
-    # as powers of two, whose exponential is three times faster; the lowest numbers of `added` would not survive that
+    # the lowest numbers of `added` would not survive in powers of two
     unit = LOG2_E if added is None else 1.0
     # what stands in `scores` is not read
     torch.baddbmm(scores, q.to(wide), k.to(wide).transpose(1, 2), beta=0, alpha=scale * unit, out=scores)
-    none = None
     if added is not None:
-        none = added.none()
         scores.add_(added.scores)
-    top = scores.amax(-1, keepdim=True)
-    if none is not None:
-        top.masked_fill_(none.unsqueeze(-1), 0.0)
-    # the weights, in the place of the scores
-    scores.sub_(top)
-    (scores if added is None else scores.mul_(LOG2_E)).exp2_()
-    total = scores.sum(-1, keepdim=True)
+    total, top, none = exponentials(scores, unit, added is None or added.whole)
     if out.dtype == wide:
         torch.bmm(scores, v.to(wide), out=out).div_(total)
     else:
         out.copy_(torch.bmm(scores, v.to(wide)).div_(total))
     if none is not None:
         # their sum is zero
-        out.masked_fill_(none.unsqueeze(-1), 0.0)
-    return (top / unit + total.log()).squeeze(-1) if lse else None
+        out.masked_fill_(none, 0.0)
+    return (top + total.log()).squeeze(-1) if lse else None
+
+
+def exponentials(scores: Tensor, unit: float, whole: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores (…, m, n), multiplied by `unit` before, 1 or `LOG2_E`, become exponentials of their distance to the largest.
+
+    Their sums, and the largest scores without `unit`, whose sum with the sums' logarithms is the log-sum-exp; and which rows have
+    no key, whose sum is zero, None where all are `whole`: (…, m, 1) each. In powers of two, at which a CPU is faster.
+    """
+    top, none = scores.amax(-1, keepdim=True), None
+    if not whole:
+        none = top == float("-inf")
+        top.masked_fill_(none, 0.0)
+    scores.sub_(top)
+    (scores if unit == LOG2_E else scores.mul_(LOG2_E / unit)).exp2_()
+    return scores.sum(-1, keepdim=True), top / unit, none
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, added: Added | None, scale: float, out: Tensor) -> Tensor:

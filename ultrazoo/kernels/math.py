@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.graphs import followed
 from ..ops.precision import without_autocast
-from .dense import LOG2_E
+from .dense import LOG2_E, exponentials
 from .door import Inputs, KernelSpec
 from .sdpa import additive
 
@@ -85,27 +85,20 @@ def _learning(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 def _in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp with one tensor of scores, which becomes that of the weights."""
-    # as powers of two, whose exponential is three times faster on a CPU; a mask's lowest numbers would not survive that
+    # a mask's lowest numbers would not survive in powers of two
     unit = LOG2_E if mask is None else 1.0
     if k.shape[2] < q.shape[2]:
         k = k * (scale * unit)
     else:
         q = q * (scale * unit)
     scores = q @ k.transpose(-2, -1)
-    if mask is None:
-        top, none = scores.amax(-1, keepdim=True), None
-        scores.sub_(top).exp2_()
-    else:
+    if mask is not None:
         scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
-        top = scores.amax(-1, keepdim=True)
-        none = top == float("-inf")
-        top.masked_fill_(none, 0.0)
-        scores.sub_(top).mul_(LOG2_E).exp2_()
-    total = scores.sum(-1, keepdim=True)
+    total, top, none = exponentials(scores, unit, whole=mask is None)
     out = (scores @ v).div_(total)
     # their sum is zero
     out = out if none is None else out.masked_fill_(none, 0.0)
-    return out, (top / unit + total.log()).squeeze(-1)
+    return out, (top + total.log()).squeeze(-1)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

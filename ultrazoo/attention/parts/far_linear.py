@@ -248,7 +248,7 @@ class _Linear(nn.Module):
         keys or one per query block: (B, heads, n, Dv)."""
         by_block = self.spec.keys == "complement"
         features = self.phi((padded(q, blocks) if by_block else q).to(state.dtype))
-        # a product with one column is three times slower on a CPU
+        # a CPU is slow at products with a single column
         total = (features * weight.transpose(-1, -2)).sum(-1, keepdim=True)
         total = torch.where(total > 0, total + self.spec.eps, torch.ones_like(total))
         found: Tensor = features @ state
