@@ -12,7 +12,7 @@ from ultrazoo.kernels.block_map import BlockMap
 from ultrazoo.ops.blocks import Blocks, even_blocks
 from ultrazoo.testing import TOLERANCES, error_ratio
 
-KEYS = Blocks((0, 5, 6, 14, 20))
+KEYS = Blocks((0, 5, 6, 14, 22, 27))
 BATCH, HEADS, N, D, DV = 2, 3, 17, 8, 6
 
 

@@ -4,7 +4,7 @@ Where every query has a list of its own, gathering its keys moves more than it c
 are gathered and meet its keys in dense attention; a query's answers are then summed with the weights that their log-sum-exps
 give (as in MoBA, arXiv 2502.13189). The backward makes the weights again from the log-sum-exp (Dao et al., arXiv 2205.14135).
 
-Queries are handled in pieces of bounded memory, in which blocks that as many queries chose stand side by side.
+Queries are handled in pieces of bounded memory, in which blocks of one size that as many queries chose stand side by side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.blocks import Blocks, padded
+from ..ops.blocks import Blocks, block_index
 from ..ops.graphs import outside_graphs
 from ..ops.scratch import Scratch
 from .block_map import BlockMap
@@ -25,7 +25,7 @@ from .dense import Added, dense
 from .door import Inputs, KernelSpec
 from .gathered import all_blocks_count, key_bias
 
-PIECE_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
+PIECE_BYTES = {"cpu": 28 << 20, "cuda": 1 << 29}
 """Bytes of answers that wait for their sum, and of the map that says where they stand, per kind of device."""
 GROUP_BYTES = {"cpu": 2 << 20, "cuda": 1 << 29}
 """Bytes of gathered queries and scores made at a time, per kind of device."""
@@ -56,21 +56,23 @@ class ByKeySpec(KernelSpec):
     @outside_graphs
     def run(cls, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
-        blocks = inputs.block_map.keys
-        k, v = padded(inputs.k, blocks), padded(inputs.v, blocks)
-        out, lse = _ByKey.apply(inputs.q, k, v, key_bias(inputs), inputs.block_map, scale)  # type: ignore[no-untyped-call]
+        # blocks meet queries with the keys that they have, so that there are no slots to leave out
+        bias = None if inputs.key_mask is None else key_bias(inputs)
+        out, lse = _ByKey.apply(inputs.q, inputs.k, inputs.v, bias, inputs.block_map, scale)  # type: ignore[no-untyped-call]
         return out, lse if inputs.return_lse else None
 
 
 @dataclass
 class _Group:
-    """Key blocks that about as many queries chose.
+    """Key blocks of one size that about as many queries chose.
 
-    `blocks` (g,): rows of keys, over batch and heads; `queries` (g, width): rows of queries, over batch and heads;
-    `real` bool (g, width), None where all are: which are not there to fill up; `slots`: where their answers stand in the piece.
+    `blocks` (g,), over batch and heads; `keys` (g, size): rows of keys, over batch and heads; `queries` (g, width): rows of
+    queries, over batch and heads; `real` bool (g, width), None where all are: which are not there to fill up; `slots`: where their
+    answers stand in the piece.
     """
 
     blocks: Tensor
+    keys: Tensor
     queries: Tensor
     real: Tensor | None
     slots: slice
@@ -102,61 +104,71 @@ def _pieces(block_map: BlockMap, batch: int, heads: int, dim: int) -> Iterator[_
             mine = chosen[pair // heads, pair % heads]
             counts = mine.sum(-1)
             ends = counts.cumsum(0)
+            # as much in each, but for what one query more or less has
+            pieces = -(-int(ends[-1]) // most)
+            some = min(most, int(ends[-1]) // max(1, pieces) + block_map.keys.count)
             start = 0
             while start < hi - lo:
                 before = int(ends[start - 1]) if start else 0
-                stop = max(start + 1, int(torch.searchsorted(ends, before + most, right=True)))
+                stop = max(start + 1, int(torch.searchsorted(ends, before + some, right=True)))
                 stop = min(stop, start + rows)
                 if int(ends[stop - 1]) > before:
                     first = pair * block_map.queries.count + lo + start
-                    yield _piece(mine[start:stop], counts[start:stop], first, pair, dim)
+                    yield _piece(mine[start:stop], counts[start:stop], block_map.keys, first, pair, dim)
                 start = stop
 
 
-def _piece(chosen: Tensor, counts: Tensor, first: int, pair: int, dim: int) -> _Piece:
+def _piece(chosen: Tensor, counts: Tensor, keys: Blocks, first: int, pair: int, dim: int) -> _Piece:
     """Bool (rows, blocks) of the queries from row `first` on, which belong to one pair of sample and head."""
-    rows, blocks = chosen.shape
+    rows, device = len(chosen), chosen.device
     nth = chosen.cumsum(0, dtype=torch.int32)
     numbers = nth[-1].long()
-    by_number = numbers.argsort(descending=True, stable=True)
-    sizes = numbers[by_number].tolist()
-    threads = torch.get_num_threads() if chosen.device.type == "cpu" else 1
-    spans = _spans(sizes, max(1, GROUP_BYTES.get(chosen.device.type, 1 << 28) // (4 * dim)), threads)
+    sizes = torch.tensor(keys.sizes, device=device)
+    order = numbers.argsort(descending=True, stable=True)
+    order = order[sizes[order].argsort(descending=True, stable=True)]
+    many, size = numbers[order].tolist(), sizes[order].tolist()
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    spans = _spans(many, size, max(1, GROUP_BYTES.get(device.type, 1 << 28) // (4 * dim)), threads)
     # the first slot of each block's answers; the choices of a block, in the order of its queries, follow it
-    begins, slots = [0] * blocks, 0
+    begins, slots = [0] * keys.count, 0
     for lo, hi in spans:
-        begins[lo:hi] = range(slots, slots + (hi - lo) * sizes[lo], sizes[lo])
-        slots += (hi - lo) * sizes[lo]
-    begin = torch.empty_like(numbers).index_copy_(0, by_number, torch.tensor(begins, device=chosen.device))
-    slot = nth.add_(begin - 1)[chosen].long()
-    row = torch.arange(rows, device=chosen.device).repeat_interleave(counts, output_size=len(slot))
-    queries = torch.full((slots,), -1, dtype=torch.int64, device=row.device).index_copy_(0, slot, row + first)
+        begins[lo:hi] = range(slots, slots + (hi - lo) * many[lo], many[lo])
+        slots += (hi - lo) * many[lo]
+    begin = torch.empty_like(nth[0]).index_copy_(0, order, torch.tensor(begins, device=device, dtype=nth.dtype))
+    at = chosen.flatten().nonzero()[:, 0]
+    slot = nth.add_(begin - 1).flatten().index_select(0, at).long()
+    row = torch.arange(rows, device=device).repeat_interleave(counts, output_size=len(slot))
+    queries = torch.full((slots,), -1, dtype=torch.int64, device=device).index_copy_(0, slot, row + first)
     groups = []
     for lo, hi in spans:
-        stand = slice(begins[lo], begins[lo] + (hi - lo) * sizes[lo])
-        some = queries[stand].view(hi - lo, sizes[lo])
-        real = None if sizes[hi - 1] == sizes[lo] else some >= 0
-        groups.append(_Group(by_number[lo:hi] + pair * blocks, some.clamp(min=first), real, stand))
+        stand, blocks = slice(begins[lo], begins[lo] + (hi - lo) * many[lo]), order[lo:hi]
+        some = queries[stand].view(hi - lo, many[lo])
+        real = None if many[hi - 1] == many[lo] else some >= 0
+        theirs = block_index(keys, device)[blocks, : size[lo]] + pair * keys.tokens
+        groups.append(_Group(blocks + pair * keys.count, theirs, some.clamp(min=first), real, stand))
     return _Piece(slice(first, first + rows), row, slot, counts.cumsum(0) - counts, slots, groups)
 
 
-def _spans(sizes: list[int], most: int, threads: int) -> list[tuple[int, int]]:
-    """Descending numbers of queries → ranges of blocks that make groups: none is empty, about `most` queries in each, and
-    as many blocks for each of the threads, which multiply the matrices of one block at a time."""
-    found, lo, end = [], 0, sum(size > 0 for size in sizes)
-    while lo < end:
+def _spans(many: list[int], size: list[int], most: int, threads: int) -> list[tuple[int, int]]:
+    """Numbers of queries, descending among blocks of one size → ranges of blocks that make groups: none is empty, about `most`
+    queries in each, and as many blocks for each of the threads, which multiply the matrices of one block at a time."""
+    found, lo = [], 0
+    while lo < len(many):
         hi = lo + 1
-        while hi < end and (hi - lo + 1) * sizes[lo] <= most and sizes[hi] * SPREAD >= sizes[lo]:
+        while hi < len(many) and size[hi] == size[lo] and 0 < many[lo] <= many[hi] * SPREAD:
+            if (hi - lo + 1) * many[lo] > most:
+                break
             hi += 1
         if hi - lo > threads:
             hi -= (hi - lo) % threads
-        found.append((lo, hi))
+        if many[lo]:
+            found.append((lo, hi))
         lo = hi
     return found
 
 
 class _ByKey(torch.autograd.Function):
-    """q (B, heads, N, D), padded k and v (B, heads, Gk, bk, D), bias (B, heads | 1, Gk, bk) → output, lse (B, heads, N)."""
+    """q (B, heads, N, D), k and v (B, heads, M, D), bias (B, heads | 1, Gk, bk) → output, lse (B, heads, N)."""
 
     @staticmethod
     def forward(
@@ -166,29 +178,24 @@ class _ByKey(torch.autograd.Function):
         queries, keys, values = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
         out = torch.zeros(len(queries), v.shape[-1], device=q.device, dtype=q.dtype)
         lse = torch.full(queries.shape[:1], float("-inf"), device=q.device, dtype=wide)
-        scratch, padding = Scratch(), _Padding(bias, k)
+        scratch, added = Scratch(), _KeyBias(bias, q.shape[1])
         for piece in _pieces(block_map, *q.shape[:2], q.shape[-1]):
             answers = scratch("answers", (piece.slots, v.shape[-1]), queries, wide)
             norms = queries.new_empty(piece.slots, dtype=wide)
             for group in piece.groups:
-                mine = scratch("mine", (*group.queries.shape, q.shape[-1]), queries)
-                torch.index_select(queries, 0, group.queries.flatten(), out=mine.flatten(0, 1))
-                theirs = [
-                    torch.index_select(z, 0, group.blocks, out=scratch(name, (len(group.blocks), *z.shape[1:]), z))
-                    for name, z in (("keys", keys), ("values", values))
-                ]
-                added = padding.of(group)
+                mine = _taken(queries, group.queries, scratch, "mine")
+                theirs = [_taken(z, group.keys, scratch, name) for name, z in (("keys", keys), ("values", values))]
                 into = answers[group.slots].unflatten(0, group.queries.shape)
-                norm = dense(mine, *theirs, added, scale, into, scratch, lse=True)
+                norm = dense(mine, *theirs, added.of(group), scale, into, scratch, lse=True)
                 assert norm is not None
                 norms[group.slots] = norm.flatten()
-            norm = norms[piece.slot]
+            norm = norms.index_select(0, piece.slot)
             top = lse[piece.rows].scatter_reduce(0, piece.row, norm, "amax")
             level = top.masked_fill(top == float("-inf"), 0.0)
-            weights = (norm - level[piece.row]).exp()
+            weights = norm.sub_(level.index_select(0, piece.row)).exp_()
             total = torch.zeros_like(top).index_add_(0, piece.row, weights)
             lse[piece.rows] = level + total.log()
-            weights /= total.clamp(min=torch.finfo(wide).tiny)[piece.row]
+            weights /= total.clamp(min=torch.finfo(wide).tiny).index_select(0, piece.row)
             out[piece.rows] = piece.summed(answers, weights).to(q.dtype)
         out, lse = out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
         ctx.save_for_backward(q, k, v, bias, out, lse)
@@ -205,15 +212,15 @@ class _ByKey(torch.autograd.Function):
         along = ((grad_out.to(wide) * out.to(wide)).sum(-1) - grad_lse).flatten()
         d_q = torch.zeros(queries.shape, device=q.device, dtype=wide)
         d_k, d_v = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
-        padding = _Padding(bias, k)
+        bias_of = _KeyBias(bias, q.shape[1])
         for piece in _pieces(ctx.block_map, *q.shape[:2], q.shape[-1]):
             parts = queries.new_empty(piece.slots, q.shape[-1], dtype=wide)
             for group in piece.groups:
                 at, shape = group.queries.flatten(), (*group.queries.shape, -1)
                 mine, g_out = (z.index_select(0, at).view(*shape).to(wide) for z in (queries, given))
-                theirs, their_values = keys[group.blocks].to(wide), values[group.blocks].to(wide)
+                theirs, their_values = (z[group.keys].to(wide) for z in (keys, values))
                 scores = torch.bmm(mine * ctx.scale, theirs.transpose(1, 2))
-                added = padding.of(group)
+                added = bias_of.of(group)
                 scores = scores if added is None else scores.add_(added.scores)
                 weights = scores.sub_(norms[at].view(*shape)).exp_()
                 if group.real is not None:
@@ -221,20 +228,28 @@ class _ByKey(torch.autograd.Function):
                 d_scores = torch.bmm(g_out, their_values.transpose(1, 2)).sub_(along[at].view(*shape)).mul_(weights)
                 d_scores = d_scores.mul_(ctx.scale)
                 parts[group.slots] = torch.bmm(d_scores, theirs).flatten(0, 1)
-                d_k[group.blocks] += torch.bmm(d_scores.transpose(1, 2), mine)
-                d_v[group.blocks] += torch.bmm(weights.transpose(1, 2), g_out)
+                d_k.index_add_(0, group.keys.flatten(), torch.bmm(d_scores.transpose(1, 2), mine).flatten(0, 1))
+                d_v.index_add_(0, group.keys.flatten(), torch.bmm(weights.transpose(1, 2), g_out).flatten(0, 1))
             d_q[piece.rows] = piece.summed(parts, None)
         d_q = d_q.view(q.shape).to(q.dtype)
         return d_q, d_k.view(k.shape).to(k.dtype), d_v.view(v.shape).to(v.dtype), None, None, None
 
 
-class _Padding:
+def _taken(z: Tensor, rows: Tensor, scratch: Scratch, name: str) -> Tensor:
+    """Rows (g, n) of z (all, D): (g, n, D)."""
+    into = scratch(name, (rows.numel(), z.shape[-1]), z)
+    return torch.index_select(z, 0, rows.flatten(), out=into).unflatten(0, rows.shape)
+
+
+class _KeyBias:
     """What is added to the scores of each block's keys."""
 
-    def __init__(self, bias: Tensor | None, k: Tensor):
-        self.bias = None if bias is None else bias.expand(*k.shape[:4]).flatten(0, 2)
+    def __init__(self, bias: Tensor | None, heads: int):
+        self.bias = None if bias is None else bias.expand(-1, heads, -1, -1).flatten(0, 2)
         self.whole = all_blocks_count(bias)
 
     def of(self, group: _Group) -> Added | None:
         """For the scores of the group's keys; None where there is nothing."""
-        return None if self.bias is None else Added(self.bias[group.blocks].unsqueeze(1), self.whole)
+        if self.bias is None:
+            return None
+        return Added(self.bias[group.blocks, : group.keys.shape[1]].unsqueeze(1), self.whole)
