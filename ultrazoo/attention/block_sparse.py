@@ -124,7 +124,7 @@ class BlockSparseSpec(AttentionSpec):
             pairs_min=least if self.selects else None,
             pairs_max=most if self.selects else None,
             # q, k, v as projected, in block order and cut into blocks; single queries have sums in fp32 besides
-            peak_elements=(16 if place.queries.largest == 1 else 9) * tokens * site.width + self.far.elements(site),
+            peak_elements=(14 if place.queries.largest == 1 else 9) * tokens * site.width + self.far.elements(site),
             saved_elements=(9 + 2 * site.qk_norm) * tokens * site.width + tokens * site.heads,
             kept_bytes=self.selector.kept_bytes(place, site),
             branches=(BranchCost("blocks", expected, attention, qkv, other, owned),),
