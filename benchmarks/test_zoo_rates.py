@@ -5,8 +5,10 @@ queries, keys and values, its output the identity. Bound: ``t <= c * share * t_f
 same q, k, v; `share` the visited pairs over N^2 (what data decides is counted on this data); `t_move` a copy of q, k, v and
 the output, and the selection by itself. c is 1.7 with the compiled kernel, 2.8 without a compiler. A design's own projections
 (`project_s`: the gate of video_sparse, q, k and v over time of divided, ...) are timed by themselves and taken off, for the
-host's are no part of the core either; `factor_all` is the same ratio with them in it. glibc keeps what is freed (`keep_freed_memory`),
-for full attention as for the designs.
+host's are no part of the core either; `factor_all` is the same ratio with them in it. Every ratio is the median of those of the
+rounds, in each of which all are timed one after the other; `factor_best` is that of the fastest run of each, which tells how much
+of the median other programs of the machine have in it. glibc keeps what is freed (`keep_freed_memory`), for full attention as
+for the designs.
 
 On a GPU: bf16, the head sizes of Wan 1.3B and of a wide layer, up to 171 360 tokens; `t_full` is the fastest of torch's dense kernels
 there, the selection counts as the design's own, and c is 1.05 for designs whose pairs follow from the size and 1.3 for those that
@@ -16,7 +18,8 @@ choose by the data (``make gpu-test ARGS='-k time_on_a_gpu'``).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gates import examples_against_oracle
-from benchmarks.measure import interleaved, keep_freed_memory
+from benchmarks.measure import Timing, interleaved, keep_freed_memory
 from benchmarks.rows import Row
 from benchmarks.test_zoo_memory import spec_of
 from ultrazoo import kernels, registry
@@ -42,7 +45,9 @@ from ultrazoo.spec import AttentionSpec, Rope, Site
 RESULTS_NAME = "zoo"
 GRID = Grid(8, 32, 32)
 HEADS, HEAD_DIM = 8, 64
-ROUNDS = 9
+ROUNDS = 15
+PARTS = ("move", "select", "project")
+"""Timed by themselves: what a design spends before its attention, where it has such."""
 SITE = Site(
     dim=HEADS * HEAD_DIM,
     heads=HEADS,
@@ -152,23 +157,28 @@ def measured(
         share = sum(run.pairs for run in runs) / (site.tokens**2 * site.heads)
         times = interleaved({name: _finished(call, device) for name, call in calls.items()}, rounds=ROUNDS, warmup=2)
     dense = min((name for name in times if name.startswith("full")), key=lambda name: times[name].median_s)
-    full, move = times[dense].median_s, times["move"].median_s
-    select, project = (times[name].median_s if name in times else 0.0 for name in ("select", "project"))
-    design = times["design"].median_s
     # on a GPU the selection is part of what is asked
-    apart = move + (select if device == "cpu" else 0.0)
+    apart = ("move", "select") if device == "cpu" else ("move",)
     return {
         "share": share,
-        "full_s": full,
-        "design_s": design,
-        "move_s": move,
-        "select_s": select,
-        "project_s": project,
-        "factor": (design - apart - project) / (share * full),
-        "factor_all": (design - apart) / (share * full),
+        **{f"{name}_s": times[name].median_s if name in times else 0.0 for name in ("design", *PARTS)},
+        "full_s": times[dense].median_s,
+        "factor": statistics.median(_factors(times, dense, (*apart, "project"), share)),
+        "factor_best": min(_factors(times, dense, (*apart, "project"), share, fastest=True)),
+        "factor_all": statistics.median(_factors(times, dense, apart, share)),
         "spread": times["design"].spread,
         "kernel": " + ".join(sorted({run.kernel for run in runs})) + ("" if dense == "full" else f" beside {dense}"),
     }
+
+
+def _factors(
+    times: Mapping[str, Timing], dense: str, apart: Sequence[str], share: float, fastest: bool = False
+) -> list[float]:
+    """Every round's (design - apart) / (share * dense), or that of the fastest run of each."""
+    found = {name: [min(z.samples_s)] if fastest else z.samples_s for name, z in times.items()}
+    less = [found[name] for name in apart if name in found]
+    rounds = zip(found["design"], found[dense], *less, strict=True)
+    return [(design - sum(rest)) / (share * full) for design, full, *rest in rounds]
 
 
 def _dense_calls(heads: list[Tensor]) -> dict[str, Callable[[], object]]:

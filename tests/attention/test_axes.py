@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,21 @@ def test_wrong_groups_are_problems(spec: AxesSpec, path: str, said: str) -> None
     assert said in found[0].rule
     with pytest.raises(SiteError):
         spec.build(SITE)
+
+
+@pytest.mark.parametrize(
+    ("options", "exact"),
+    [
+        ({"axes": ("thw",)}, True),
+        ({"axes": ("wth", "thw")}, True),
+        ({"axes": ("thw", "hw")}, False),
+        ({"axes": ("thw",), "mode": "sum"}, True),
+    ],
+    ids=str,
+)
+def test_all_axes_together_are_full_attention(options: dict[str, Any], exact: bool) -> None:
+    traits = AxesSpec(**options).traits()
+    assert (traits.exact_at_init, traits.start.kind == "exact") == (exact, exact)
 
 
 def test_a_group_may_come_twice_in_turn() -> None:

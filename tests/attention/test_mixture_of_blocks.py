@@ -12,7 +12,7 @@ import ultrazoo
 from tests.attention.raw import block_of, given, noise, softmax
 from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.mixture_of_blocks import MixtureOfBlocksSpec
-from ultrazoo.attention.parts import routed
+from ultrazoo.attention.parts import routed, scene
 from ultrazoo.attention.parts.routed import RoutedSpec
 from ultrazoo.attention.parts.scene import Scene
 from ultrazoo.errors import SiteError
@@ -139,7 +139,8 @@ def test_a_head_takes_what_a_sort_of_all_takes(
     """The same pairs, whether scores are made at once or two rows at a time; batch and heads do not mix."""
     q, k = (3 * noise(i, 2, 3, 60, 4).to(dtype) for i in range(2))
     at_once = chosen(RoutedSpec(**options), q, k, 10)
-    monkeypatch.setitem(routed.SCORES, "cpu", 2 * 2 * 3 * 10)
+    for steps in (routed.STEP, scene.SCORES):
+        monkeypatch.setitem(steps, "cpu", 2 * 2 * 3 * 10)
     assert torch.equal(chosen(RoutedSpec(**options), q, k, 10), at_once)
     scores = q @ k.unflatten(2, (10, 6)).mean(3).transpose(-1, -2)
     own = torch.eye(10, dtype=torch.bool).repeat_interleave(6, 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -65,6 +68,20 @@ def test_keeping_everything_is_full_attention(name: str, options: dict[str, obje
         assert error_ratio(block(x, (3, 5, 4)), full(x, (3, 5, 4))) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("spec", "exact"),
+    [
+        (NablaSpec(tile=(1, 2, 2), p=1.0, window=None), True),
+        (NablaSpec(tile=(1, 2, 2), p=0.9, window=None), False),
+        (Sparge2Spec(share=1.0), True),
+        (Sparge2Spec(), False),
+    ],
+)
+def test_all_blocks_are_an_exact_start(spec: Any, exact: bool) -> None:
+    traits = spec.traits()
+    assert (traits.exact_at_init, traits.start.kind == "exact") == (exact, exact)
+
+
 def test_even_windows_are_refused_with_the_legal_ones() -> None:
     (problem,) = NablaSpec(tile=(1, 2, 2), window=(1, 2, 3)).problems(site(3, 10, 10))
     assert problem.path == "window"
@@ -94,6 +111,7 @@ def test_ties_go_to_the_first_block() -> None:
     assert isinstance(expanded, BlockSparseSpec)
     rule = expanded.selector.rule  # type: ignore[attr-defined]
     scores = torch.zeros(2, 3, 4, 4)
-    kept = rule.choose(scores, type("Scene", (), {"keep": None})(), 0)
+    scene = SimpleNamespace(keep=None, key_valid=None, place=SimpleNamespace(selectable=4, extra_selectable=0))
+    kept = rule.choose(scores, scene, 0)
     assert kept[..., 0].all()
     assert not kept[..., 1:].any()

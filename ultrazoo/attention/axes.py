@@ -74,8 +74,13 @@ class AxesSpec(AttentionSpec):
     def traits(self) -> Traits:
         every = [self._branched(layer).traits() for layer in range(len(self.axes))]
         low = [max(traits.min_grid[axis] for traits in every) for axis in range(3)]
+        # the same in every layer, once each
+        whole = all(set(group) == set(AXES) for group in self.axes) and (self.mode != "sum" or len(self.axes) == 1)
         return Traits(
-            start=Start("needs tuning", "changes what tokens see; published blocks are trained from scratch"),
+            start=Start("exact", "computes full attention")
+            if whole
+            else Start("needs tuning", "changes what tokens see; published blocks are trained from scratch"),
+            exact_at_init=whole,
             min_grid=(low[0], low[1], low[2]),
         )
 

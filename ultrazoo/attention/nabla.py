@@ -56,7 +56,10 @@ class NablaSpec(AttentionSpec):
     def traits(self) -> Traits:
         inner = self._composition().traits()
         return Traits(
-            start=Start("training-free", "arXiv 2507.13546: used in training or without it"),
+            start=inner.start
+            if inner.exact_at_init
+            else Start("training-free", "arXiv 2507.13546: used in training or without it"),
+            exact_at_init=inner.exact_at_init,
             export=inner.export,
             visible=inner.visible,
             min_grid=inner.min_grid,

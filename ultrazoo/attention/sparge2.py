@@ -47,7 +47,9 @@ class Sparge2Spec(AttentionSpec):
     def traits(self) -> Traits:
         inner = self._composition().traits()
         return Traits(
-            start=Start("needs tuning", "arXiv 2602.13515: 500 steps towards the dense model; untrained it collapses"),
+            start=inner.start
+            if inner.exact_at_init
+            else Start("needs tuning", "arXiv 2602.13515: 500 steps towards the dense model; untrained it collapses"),
             exact_at_init=inner.exact_at_init,
             export=inner.export,
             visible=inner.visible,

@@ -5,12 +5,12 @@ A query's own block is always chosen, and counts. By mass: scores are moved and 
 block. By number: `count` blocks per query, own block included, or as many as that on average over a head's queries.
 
 Over a head, scores are made a few rows at a time and made again: the lowest score that is taken is found digit by digit
-(16 bits of the float at a time), so no map of scores is ever held. Pairs that score exactly as much are all taken.
+(16 bits of the float at a time), so that no map of scores is ever held. Pairs that score exactly as much are all taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,9 +22,12 @@ from ...errors import Problem
 from ...ops.blocks import block_counts
 from ...spec import Site, option
 from .orders import Place
-from .scene import SCORES, SCORES_ELSEWHERE, Rows, Scene, in_steps
+from .scene import Rows, Scene, in_steps
 from .selectors import Bounds, SelectorSpec
 
+STEP = {"cpu": 1 << 18}
+"""Scores among which the lowest is sought at a time, per kind of device; on a CPU as many as its cache holds."""
+STEP_ELSEWHERE = 1 << 24
 _DIGIT = 16
 
 
@@ -55,8 +58,8 @@ class RoutedSpec(SelectorSpec):
 
     def flops(self, place: Place, site: Site) -> int:
         everything = self.keeps_all() or (self.count is not None and self.count >= place.selectable)
-        # over a head: ends and total, two digits of an fp32 score, and the rows themselves
-        passes = 1 if self.scope == "query" or everything else 4
+        # over a head: two digits of an fp32 score, and the rows themselves
+        passes = 1 if self.scope == "query" or everything else 3
         return passes * 2 * place.queries.count * place.selectable * site.inner
 
     def keeps_all(self) -> bool:
@@ -160,14 +163,53 @@ def _ordinal(scores: Tensor) -> Tensor:
     """Integers as wide as the floats, in their order."""
     whole = torch.int64 if scores.dtype == torch.float64 else torch.int32
     # -0.0 and 0.0 are one score
-    bits = (scores + 0.0).contiguous().view(whole)
-    return torch.where(bits < 0, bits ^ torch.iinfo(whole).max, bits)
+    bits = (scores + 0.0).view(whole)
+    sign = torch.iinfo(whole).bits - 1
+    return (bits >> sign).bitwise_and_(torch.iinfo(whole).max).bitwise_xor_(bits)
 
 
 def _score(ordinal: Tensor, dtype: torch.dtype) -> Tensor:
     """The float of an ordinal."""
     whole = torch.int64 if dtype == torch.float64 else torch.int32
     return torch.where(ordinal < 0, ordinal ^ torch.iinfo(whole).max, ordinal).to(whole).view(dtype)
+
+
+@dataclass
+class _Part:
+    """Some queries' scores (B, heads, rows, blocks); which are real, None where all are; and which of those are own blocks."""
+
+    scores: Tensor
+    real: Tensor | None
+    own: Tensor
+
+    def others(self) -> Tensor:
+        return ~self.own.expand(self.scores.shape) if self.real is None else self.real & ~self.own
+
+    def where_real(self, other: float) -> Tensor:
+        return self.scores if self.real is None else self.scores.masked_fill(~self.real, other)
+
+
+class _Histogram:
+    """Numbers and sums of scores of every pair of sample and head, by one digit: (pairs * bins,) each, fp64."""
+
+    def __init__(self, shape: torch.Size, device: torch.device):
+        self.shape, self.bins = shape, 1 << _DIGIT
+        # one bin more, for what does not count
+        self.numbers = torch.zeros(shape.numel() * self.bins + 1, dtype=torch.float64, device=device)
+        self.sums = torch.zeros_like(self.numbers)
+
+    def add(self, pair: Tensor, digit: Tensor, scores: Tensor, some: Tensor | None = None) -> None:
+        """Scores of `pair` (an index over samples and heads) with that digit, all broadcastable; `some`: which count."""
+        at = pair * self.bins + digit
+        at = at if some is None else at.masked_fill_(~some, len(self.numbers) - 1)
+        at, scores = at.flatten(), scores.flatten().double()
+        self.numbers.scatter_add_(0, at, torch.ones_like(scores))
+        self.sums.scatter_add_(0, at, scores)
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """(B, heads, bins) each."""
+        numbers, sums = (z[:-1].view(*self.shape, self.bins) for z in (self.numbers, self.sums))
+        return numbers, sums
 
 
 class _Cut:
@@ -182,83 +224,82 @@ class _Cut:
     ):
         self.queries, self.scores, self.own, self.asked = scene.place.queries.count, scores, own, asked
         self.shape, self.device = scene.q.shape[:2], scene.q.device
-        held = SCORES.get(self.device.type, SCORES_ELSEWHERE)
-        self.step = max(1, held // (self.shape[0] * self.shape[1] * scene.place.selectable))
+        held = STEP.get(self.device.type, STEP_ELSEWHERE)
+        step = held // (self.shape[0] * self.shape[1] * scene.place.selectable)
+        # a matmul rounds its last rows otherwise where they are few, and scores are made again for what is taken
+        self.step = step // 64 * 64 if step > 64 else max(1, step)
         self.dtype = torch.promote_types(scene.q.dtype, torch.float32)
+        self.all_real = bool(asked.all()) and bool((scene.counts[:, :, : scene.place.selectable] > 0).all())
+        self.pair = torch.arange(self.shape.numel(), device=self.device).view(*self.shape, 1, 1)
 
-    def steps(self) -> list[tuple[int, int]]:
-        return [(lo, min(lo + self.step, self.queries)) for lo in range(0, self.queries, self.step)]
-
-    def part(self, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, which are real, and which of those are a query's own: (B, heads, rows, blocks)."""
-        found = self.scores(lo, hi)
-        real = (found > float("-inf")) & self.asked[:, :, lo:hi]
-        return found, real, self.own(lo, hi) & real
+    def parts(self) -> Iterator[_Part]:
+        for lo in range(0, self.queries, self.step):
+            hi = min(lo + self.step, self.queries)
+            found, own = self.scores(lo, hi), self.own(lo, hi)
+            real = None if self.all_real else (found > float("-inf")) & self.asked[:, :, lo:hi]
+            yield _Part(found, real, own if real is None else own & real)
 
     @torch.no_grad()
     def find(self, spec: RoutedSpec) -> Tensor:
         """Scores (B, heads); NaN where nothing is taken."""
         low = torch.full(self.shape, float("inf"), device=self.device, dtype=torch.float64)
         high, zero = -low, torch.zeros_like(low)
-        # numbers and sums of real scores, and of those of own blocks; queries that are real
-        pairs, total, kept, mine, rows = zero, zero, zero, zero, zero
-        for lo, hi in self.steps():
-            found, real, own = self.part(lo, hi)
-            low = torch.minimum(low, found.masked_fill(~real, float("inf")).amin((2, 3)))
-            high = torch.maximum(high, found.masked_fill(~real, float("-inf")).amax((2, 3)))
-            pairs, total = (
-                pairs + real.sum((2, 3)),
-                total + found.masked_fill(~real, 0.0).sum((2, 3), dtype=torch.float64),
-            )
-            kept, mine = kept + own.sum((2, 3)), mine + found.masked_fill(~own, 0.0).sum((2, 3), dtype=torch.float64)
-            rows = rows + real.any(-1).sum(-1)
+        # numbers and sums of own blocks; queries that are real
+        kept, mine, rows = zero, zero, zero
+        histogram, shift = _Histogram(self.shape, self.device), torch.finfo(self.dtype).bits - _DIGIT
+        for part in self.parts():
+            low = torch.minimum(low, part.where_real(float("inf")).amin((2, 3)))
+            high = torch.maximum(high, part.where_real(float("-inf")).amax((2, 3)))
+            kept = kept + part.own.sum((2, 3))
+            mine = mine + part.scores.masked_fill(~part.own, 0.0).sum((2, 3), dtype=torch.float64)
+            rows = rows + (part.scores.shape[2] if part.real is None else part.real.any(-1).sum(-1))
+            # the first digit has the sign
+            digit = (_ordinal(part.scores) >> shift) + histogram.bins // 2
+            histogram.add(self.pair, digit, part.scores, part.others())
+        numbers, sums = histogram.found()
         if spec.count is not None:
             need = spec.count * rows - kept
-            taken = _score(self._descend(need, None), self.dtype)
+            taken = _score(self._descend(numbers, sums, need, None), self.dtype)
             return taken.masked_fill(need <= 0, float("nan"))
         # a score moved and scaled is (score - low) / (high - low), so that sums of scores tell sums of those
         spread = torch.where(high > low, high - low, 1.0)
-        total, mine = total - pairs * low, mine - kept * low
+        total, mine = sums.sum(-1) + mine - (numbers.sum(-1) + kept) * low, mine - kept * low
         need = torch.where(total > 0, (spec.p * total - mine) / spread, float("inf"))
-        return _score(self._descend(need, (low, spread)), self.dtype)
+        return _score(self._descend(numbers, sums, need, (low, spread)), self.dtype)
 
-    def _descend(self, need: Tensor, scale: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _descend(self, numbers: Tensor, sums: Tensor, need: Tensor, scale: tuple[Tensor, Tensor] | None) -> Tensor:
         """The highest ordinal at which the pairs from there up weigh `need`, moved and scaled by `scale` (lowest score and
-        spread), or number that many where it is None. int64."""
-        bins, pairs = 1 << _DIGIT, self.shape[0] * self.shape[1]
-        bits = torch.finfo(self.dtype).bits
-        prefix = torch.zeros(self.shape, dtype=torch.int64, device=self.device)
-        for shift in range(bits - _DIGIT, -1, -_DIGIT):
-            first = shift == bits - _DIGIT
-            # one bin more, for what does not count
-            numbers = torch.zeros(pairs * bins + 1, dtype=torch.float64, device=self.device)
-            sums = torch.zeros_like(numbers)
-            for lo, hi in self.steps():
-                found, real, own = self.part(lo, hi)
-                ordinal = _ordinal(found)
-                some = real & ~own
-                if not first:
-                    some &= (ordinal >> (shift + _DIGIT)) == prefix[..., None, None].to(ordinal.dtype)
-                # the first digit has the sign
-                digit = (ordinal >> shift) + bins // 2 if first else (ordinal >> shift) & (bins - 1)
-                whole = torch.int64 if pairs > 1 << (31 - _DIGIT - 1) else digit.dtype
-                head = torch.arange(pairs, device=self.device, dtype=whole).view(*self.shape, 1, 1) * bins
-                at = torch.where(some, digit + head, pairs * bins).flatten()
-                numbers += torch.bincount(at, minlength=pairs * bins + 1)
-                if scale is not None:
-                    sums += torch.bincount(at, weights=found.double().flatten(), minlength=pairs * bins + 1)
-            count, sums = (z[:-1].view(*self.shape, bins).flip(-1) for z in (numbers, sums))
-            weight = count
-            if scale is not None:
-                low, spread = (z[..., None] for z in scale)
-                weight = (sums - count * low) / spread
-            above = weight.cumsum(-1)
-            enough = (above >= need[..., None]) & (count > 0)
-            # where rounding lets nothing reach, the last that there is
-            last = bins - 1 - (count > 0).int().flip(-1).argmax(-1)
-            place = torch.where(enough.any(-1), enough.int().argmax(-1), last)
-            before = above.gather(-1, place[..., None])[..., 0] - weight.gather(-1, place[..., None])[..., 0]
-            need = need - before
-            found_digit = bins - 1 - place
-            prefix = found_digit - bins // 2 if first else (prefix << _DIGIT) | found_digit
+        spread), or number that many where it is None; the first digit's `numbers` and `sums` are there. int64."""
+        digit, need = _reached(numbers, sums, need, scale)
+        prefix = digit - (1 << _DIGIT) // 2
+        for shift in range(torch.finfo(self.dtype).bits - 2 * _DIGIT, -1, -_DIGIT):
+            digit, need = _reached(*self._within(prefix, shift), need, scale)
+            prefix = (prefix << _DIGIT) | digit
         return prefix
+
+    def _within(self, prefix: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+        """Numbers and sums by the digit at `shift`, of scores whose higher digits are `prefix` (B, heads)."""
+        histogram = _Histogram(self.shape, self.device)
+        for part in self.parts():
+            ordinal = _ordinal(part.scores)
+            some = (ordinal >> (shift + _DIGIT) == prefix[..., None, None].to(ordinal.dtype)) & part.others()
+            at = some.flatten().nonzero()[:, 0]
+            digit = (ordinal.flatten()[at] >> shift) & (histogram.bins - 1)
+            histogram.add(at // some[0, 0].numel(), digit, part.scores.flatten()[at])
+        return histogram.found()
+
+
+def _reached(numbers: Tensor, sums: Tensor, need: Tensor, scale: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The highest digit at which the scores from there up reach `need`, of (B, heads, digits); and what of it those above it
+    leave. Where rounding lets nothing reach it, the lowest that there is."""
+    weight = numbers
+    if scale is not None:
+        low, spread = (z[..., None] for z in scale)
+        weight = (sums - numbers * low) / spread
+    weight, some = weight.flip(-1), numbers.flip(-1) > 0
+    above, last = weight.cumsum(-1), weight.shape[-1] - 1
+    enough = (above >= need[..., None]) & some
+    lowest = last - some.int().flip(-1).argmax(-1)
+    place = torch.where(enough.any(-1), enough.int().argmax(-1), lowest)
+    before = (above - weight).gather(-1, place[..., None])[..., 0]
+    return last - place, need - before
