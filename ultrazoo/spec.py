@@ -198,7 +198,7 @@ class Cost:
 
     `pairs`: query-key pairs computed, summed over branches after compression and averaged over heads (so that attention
     FLOPs are ``4 * pairs * heads * head_dim``); `pairs_min` and `pairs_max` where the data decides. `visited_pairs` adds
-    what a block-wise kernel computes and masks. `qkv_flops`: the host's own projections of the unchanged input, done once
+    what kernels compute and mask, or compute for slots that no token fills; None where that is nothing. `qkv_flops`: the host's own projections of the unchanged input, done once
     whoever shares them; `projection_flops`: every other projection of queries, keys and values; `out_flops`: the output
     projection. `peak_elements`: most tensor elements alive at once inside the forward, beside the input; `saved_elements`:
     what autograd keeps for the backward. `kept_bytes`: what stays in the call's state between steps, in the machine's memory,
@@ -219,6 +219,11 @@ class Cost:
     saved_elements: int = 0
     kept_bytes: int = 0
     branches: tuple[BranchCost, ...] = ()
+
+    @property
+    def visited(self) -> int:
+        """Query-key pairs that kernels compute."""
+        return self.pairs if self.visited_pairs is None else self.visited_pairs
 
     @property
     def flops(self) -> int:

@@ -1,7 +1,7 @@
 """Measured orders of kernels, in the user's cache: written by ``ultrazoo list kernels --tune``, read by the kernel door.
 
 One JSON file. A measured order holds for the device, the torch version, the dtype, the head size and the kind of call
-(``dense`` or ``blocks``) that it was measured for, and for nothing else.
+(``dense``, ``blocks`` or ``blocks of single queries``) that it was measured for, and for nothing else.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def _picture(cls: Any) -> tuple[bytes, str]:
         raise ValueError(f"no picture's size suits it: {complaint}")
     grid, sites, legal, groups = drawn
     maps = [block_maps(legal[group.layers[0]], sites[group.layers[0]], answers=20_000_000) for group in groups]
-    bound = "; an upper bound, the data select inside" if any(group.bound != "exact" for group in groups) else ""
+    bound = "; an upper bound, the data select inside" if any(group.selects for group in groups) else ""
     sizes = "x".join(map(str, grid))
     block = "x".join(map(str, next(iter(maps[0].values())).block))
     query = ", ".join(f"{axis} = {place}" for axis, place in zip("tyx", groups[0].query, strict=True))

@@ -7,6 +7,7 @@ import pytest
 
 from tests.cost.fakes import Rows, Share, Toy
 from ultrazoo.analysis import blocks, text
+from ultrazoo.analysis.blockpictures import block_figure
 from ultrazoo.analysis.influence import Silent, grouped
 from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.branched import BranchedSpec, BranchSpec
@@ -61,6 +62,8 @@ def test_few_queries_stand_for_a_block_where_all_are_too_many():
     few = blocks.block_maps(Rows(), site, (1, 5, 7), answers=105 * rows * 3 * 4)["row"]
     assert (few.looked_at, few.of, few.exact) == (4, 35, False)
     assert few.title() == "3 blocks of 1x5x7 tokens, 4 of 35 queries of each looked at"
+    assert (few.seen_text, few.data()["seen_bound"]) == ("at least 33 % of block pairs", "lower bound")
+    assert few.data()["seen"] == few.seen
     # every query sees a row of its frame's five
     assert np.allclose(few.share, np.eye(3) / 5)
 
@@ -107,8 +110,30 @@ def test_text_fits_the_terminal(width):
     assert max(map(len, lines)) <= width
     assert drawn.isascii()
     assert "15 blocks of 1x1x7 tokens, every query looked at" in drawn
+    assert "at least" not in drawn
+    assert "of the queries looked at" not in drawn
     for words in ("frame", "33 % of block pairs", "row", "6.7 % of block pairs", "100 % of block pairs"):
         assert words in drawn
+
+
+def test_a_map_of_few_queries_says_that_it_is_a_lower_bound():
+    """Of the map's blocks more are seen by all queries than by one of each."""
+    site = Toy(depth=1).sites(GRID)[0]
+    groups = grouped([site], [WINDOWS])
+    few = blocks.block_maps(WINDOWS, site, (3, 3, 3), answers=GRID.tokens * 2 * 6)
+    whole = blocks.block_maps(WINDOWS, site, (3, 3, 3))
+    assert few["all"].seen < whole["all"].seen
+    assert whole["all"].data()["seen_bound"] == "exact"
+    drawn = text.render_blocks(groups, [few])
+    share = f"{100 * few['all'].seen:.0f} %"
+    assert f"at least {share} of block pairs" in drawn
+    assert "from 1 of 27 queries per block" in drawn
+    assert "share of pairs seen, of the queries looked at" in drawn
+    said = {axes.get_title(loc="left") for axes in block_figure(groups, [few]).axes}
+    assert f"all: at least {share} of block pairs" in said
+    # where everything is seen nothing can be added
+    share = blocks.block_maps(Share(), site, (3, 3, 3), answers=GRID.tokens * 6)["all"]
+    assert (share.exact, share.seen_text, share.data()["seen_bound"]) == (False, "100 % of block pairs", "exact")
 
 
 def test_a_map_of_a_dynamic_design_says_what_is_computed_inside_it():

@@ -15,9 +15,20 @@ from tests.cost.fakes import Rows, Share, Toy
 from ultrazoo import registry
 from ultrazoo.analysis import follow
 from ultrazoo.analysis.coverage import coverage
+from ultrazoo.analysis.influence import bound, grouped
+from ultrazoo.analysis.text import render
+from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.branched import BranchedSpec, BranchSpec
+from ultrazoo.attention.by_head import ByHeadSpec
+from ultrazoo.attention.full import FullSpec
+from ultrazoo.attention.linear import LinearSpec
+from ultrazoo.attention.parts.far import MeanSpec
+from ultrazoo.attention.parts.far_linear import LinearFarSpec
 from ultrazoo.attention.parts.layouts import StridedSpec, WindowsSpec
 from ultrazoo.attention.parts.shifts import RollSpec
+from ultrazoo.attention.pisa import PisaSpec
+from ultrazoo.attention.skip_softmax import SkipSoftmaxAttentionSpec
+from ultrazoo.attention.sol import SolSpec
 from ultrazoo.errors import Problem
 from ultrazoo.grid import Grid
 from ultrazoo.spec import AttentionSpec, Segment, Site, Start, Traits
@@ -200,6 +211,47 @@ def test_what_the_data_decide_is_at_least():
     assert "after at least 8 layers" in found.text()
     assert "exact" not in found.text()
     assert "fewer pairs may meet" in found.text()
+
+
+FAR = {
+    # whether the data can take pairs away
+    "drop": (BlockSparseSpec(), True),
+    "mean": (BlockSparseSpec(far=MeanSpec()), False),
+    "sol": (SolSpec(block=8), False),
+    "pisa": (PisaSpec(block=8), False),
+    "linear": (LinearSpec(), False),
+    "linear of the rest": (BlockSparseSpec(far=LinearFarSpec(keys="complement")), False),
+    "lowest left out": (BlockSparseSpec(far=LinearFarSpec(keys="complement", skip=0.2)), True),
+    "relu of the rest": (BlockSparseSpec(far=LinearFarSpec(phi="relu")), True),
+    "skip_softmax": (SkipSoftmaxAttentionSpec(), True),
+    "heads of both": (ByHeadSpec(groups={"0": SolSpec(block=8), "1": BlockSparseSpec()}), True),
+    "heads with a far field": (ByHeadSpec(groups={"0": SolSpec(block=8), "1": FullSpec()}), False),
+}
+
+
+@pytest.mark.parametrize("case", FAR)
+def test_what_reaches_every_block_is_not_at_least(case):
+    written, selects = FAR[case]
+    places = sites(Grid(3, 4, 5), 2)
+    attention = [written.expand(site) for site in places]
+    found = coverage(places, attention)
+    assert (found.layers, found.selects, found.data()["selects"]) == (1, selects, selects)
+    assert found.short() == ("≥1" if selects else "1")
+    assert ("the data select" in found.text()) == ("at least" in found.text()) == selects
+    assert (
+        (found.bound == "exact")
+        == (bound(attention[0])[0] == "exact")
+        == ("weigh nothing" not in found.text() and not selects)
+    )
+    (group,) = grouped(places, attention, None, [written] * 2)
+    assert (group.selects, group.bound) == (selects, found.bound)
+    assert ("select lies inside" in render([group])) == selects
+
+
+def test_only_layers_that_were_followed_decide():
+    places = sites(Grid(1, 1, 9), 2)
+    assert coverage(places, [Selects(), Share()]).exact
+    assert coverage(places, [Share(), Selects()]).selects
 
 
 def test_extra_tokens_are_told_apart():

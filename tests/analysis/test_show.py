@@ -99,7 +99,7 @@ def test_text_holds_maps_and_costs():
     assert "FLOPs per layer" in drawn
 
 
-def test_plans_side_by_side(capsys):
+def test_plans_side_by_side():
     plans = [fake_plan("dense", attention=(Share(),) * 4), fake_plan("sparse", attention=(Rows(),) * 4)]
     compared = comparison.compare(plans)
     rows = json.loads(json.dumps(comparison.rows(compared)))
@@ -113,8 +113,7 @@ def test_plans_side_by_side(capsys):
     assert (rows[0]["coverage"]["layers"], rows[1]["coverage"]["layers"]) == (1, None)
     assert rows[1]["coverage"]["never_meet"]["share"] == pytest.approx(2 / 3)
     assert {"gpu", "infer"} <= set(rows[0]["fits"][0])
-    comparison.show(compared)
-    printed = capsys.readouterr().out
+    printed = comparison.text(compared)
     assert "sparse" in printed
     assert "never (67 % apart)" in printed
     assert "after 1 layer every token can have influenced every other" in printed
@@ -158,9 +157,35 @@ def test_the_plot_of_plans_is_an_image_and_the_same_every_time():
     assert content.startswith(b"\x89PNG")
     assert min(pixels(content)) > 200
     drawn = plot.plot(compared, "svg").decode()
-    for words in ("dense", "starts needs tuning", "never (67 % apart)", "clip or forward on H100 80GB", "runs on"):
+    for words in ("dense", "starts needs tuning", "never (67 % apart)", "forward on H100 80GB", "runs on"):
         assert words in drawn, words
     assert "≈" not in drawn
     # bars are as long as their numbers
     panel = next(one for one in plot.panels(compared) if one.title == "visited share of full")
     assert [panel.value(one) for one in compared] == [1, pytest.approx(154 / 420)]
+
+
+def test_clips_and_forwards_are_not_ranked_together():
+    clips = [fake_plan("a"), fake_plan("b", attention=(Rows(),) * 4)]
+    mixed = [clips[0], fake_plan("b", attention=(Rows(),) * 4, sampling=None)]
+    for plans, title, what in ((clips, "clip", "clip"), (mixed, "forward", "forward")):
+        compared = comparison.compare(plans)
+        panel = plot.panels(compared)[-1]
+        assert panel.title == f"{title} on H100 80GB"
+        rows = [next(row for row in one.plan.seconds if row.gpu == "H100 80GB") for one in compared]
+        assert [panel.value(one) for one in compared] == [getattr(row, what) for row in rows]
+
+
+def test_pairs_of_sampled_queries_give_no_percentage(monkeypatch):
+    """Most of the sample are corners, which see the least: of all pairs two thirds never meet, of theirs it is unknown."""
+    monkeypatch.setattr("ultrazoo.analysis.coverage.ALL_TOKENS", 100)
+    compared = comparison.compare([fake_plan("sparse", attention=(Rows(),) * 4)])
+    assert compared[0].coverage.how == "sampled"
+    printed = comparison.text(compared)
+    assert "never (some apart)" in printed
+    assert "never meet: some pairs, how many is not known; for example" in printed
+    assert "% apart" not in printed
+    never = comparison.rows(compared)[0]["coverage"]["never_meet"]
+    assert never["share"] is None
+    assert never["pairs"] > 0
+    assert "never (some apart)" in plot.plot(compared, "svg").decode()

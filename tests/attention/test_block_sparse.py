@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.attention.raw import given, noise, softmax
 from tests.attention.sparse_options import setting
 from tests.oracles.block_sparse import block_sparse, chosen_blocks
 from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.parts.budgets import BudgetSpec
+from ultrazoo.attention.parts.by_query import ByQuerySpec
 from ultrazoo.attention.parts.far import CoarseSpec, DropSpec, FarSpec, MeanSpec
+from ultrazoo.attention.parts.far_linear import LinearFarSpec
 from ultrazoo.attention.parts.orders import CurveSpec, OrderSpec, RasterSpec, TilesSpec
 from ultrazoo.attention.parts.pooled import PooledSpec
-from ultrazoo.attention.parts.rules import MeanStdSpec, TopKSpec, TopPSpec
+from ultrazoo.attention.parts.rules import MeanStdSpec, TopKOrPSpec, TopKSpec, TopPSpec
 from ultrazoo.attention.parts.selectors import AllSpec, BandSpec, SelectorSpec, SinkSpec, UnionSpec
 from ultrazoo.grid import Grid
 from ultrazoo.kernels import record
@@ -178,11 +181,28 @@ def test_c_what_is_not_real_changes_nothing(index: int) -> None:
     assert_close("extra rows", y_extra[extra.key_mask], expected_extra[extra.key_mask], EXACT)
 
 
-def test_c_extra_tokens_of_different_number_within_a_batch() -> None:
+SKIPS = LinearFarSpec(keys="complement", skip=0.4)
+
+
+@pytest.mark.parametrize(
+    ("selector", "far"),
+    [
+        (PooledSpec(rule=TopPSpec(p=0.7)), MeanSpec()),
+        (PooledSpec(rule=TopPSpec(p=0.2, floor=0.4)), MeanSpec()),
+        (PooledSpec(rule=TopKSpec(share=0.4)), MeanSpec()),
+        (PooledSpec(rule=TopKSpec(share=0.3, competing="added")), MeanSpec()),
+        (PooledSpec(rule=TopKSpec(share=0.3)), SKIPS),
+        (PooledSpec(rule=TopKSpec(share=0.4, soft=0.2)), LinearFarSpec(keys="complement")),
+        (PooledSpec(rule=TopKOrPSpec(share=0.4, p=0.1)), MeanSpec()),
+        (PooledSpec(rule=MeanStdSpec(tau=0.3)), MeanSpec()),
+        (BudgetSpec(of=PooledSpec(), heads=(0.2, 0.4, 0.6)), MeanSpec()),
+    ],
+)
+def test_c_extra_tokens_of_different_number_within_a_batch(selector: Any, far: Any) -> None:
     """A shorter text is a longer one with a mask: each sample equals itself alone with its own number of tokens."""
     rows = (Segment("text", 9, rows="pattern", keys="compete"),)
     site = Site(dim=20, heads=3, head_dim=8, grid=Grid(2, 3, 5), extra=rows)
-    spec = BlockSparseSpec(order=RasterSpec(block=4), selector=PooledSpec(rule=TopPSpec(p=0.7)), far=MeanSpec())
+    spec = BlockSparseSpec(order=RasterSpec(block=4), selector=selector, far=far)
     scenario = Scenario(Example(spec, site, "lengths"), torch.float64, batch=3, extra=True)
     extra = scenario.extra
     assert extra is not None
@@ -299,6 +319,23 @@ def test_g_a_batch_of_two_is_two_batches_of_one(index: int) -> None:
         alone = given(spec, q[i : i + 1], k[i : i + 1], v[i : i + 1], grid=(3, 5, 7))
         assert_close(f"sample {i}", together[i : i + 1], alone, EXACT)
     assert error_ratio(together[:1], together[1:]) > 0.1
+
+
+def test_d_blocks_of_different_sizes_are_visited_as_the_largest() -> None:
+    """What the plan says is visited is what the kernel computes, slots that no token fills included."""
+    site = Site(dim=16, heads=2, head_dim=8, grid=Grid(2, 5, 7))
+    spec = BlockSparseSpec(order=TilesSpec(tile=(1, 4, 4)), selector=AllSpec())
+    cost = spec.cost(site)
+    q, k, v = (noise(i, 1, site.tokens, 2, 8) for i in range(3))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        given(spec, q, k, v, grid=site.grid)
+    # 8 tiles of at most 16 tokens
+    assert cost.visited_pairs == (8 * 16) ** 2 == counter.get_total_flops() / (4 * site.inner)
+    single = replace(spec, order=ByQuerySpec(tile=(1, 4, 4)))
+    assert single.cost(site).visited == cost.pairs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        given(single, q, k, v, grid=site.grid)
+    assert counter.get_total_flops() == 4 * cost.pairs * site.inner
 
 
 # --- (h) small and ragged ---------------------------------------------------------------------------------------------

@@ -158,12 +158,12 @@ def test_scores_that_differ_less_than_bf16_tells_are_told_apart() -> None:
 # --- rules by themselves ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("counts", [1, 3, 8, 9, [1, 5, 9]], ids=str)
+@pytest.mark.parametrize("counts", [0, 1, 3, 8, 9, [1, 5, 9], [0, 2, 9]], ids=str)
 def test_the_largest_of_a_row(counts: int | list[int]) -> None:
     g = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 4, (2, 3, 5, 9), generator=g).double()
     scores[0, 0, 0, ::2] = float("-inf")
-    found = largest(scores, torch.tensor(counts) if isinstance(counts, list) else counts)
+    found = largest(scores, torch.tensor(counts)[None, :, None, None] if isinstance(counts, list) else counts)
     per_head = counts if isinstance(counts, list) else [counts] * 3
     for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)).tolist():
         row = scores[b, h, i].tolist()

@@ -16,6 +16,7 @@ from ultrazoo.attention.parts.orders import RasterSpec, TilesSpec
 from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.rules import TopKSpec
 from ultrazoo.attention.parts.selectors import BandSpec, SinkSpec, UnionSpec
+from ultrazoo.attention.parts.sliding import SlidingSpec
 from ultrazoo.errors import KernelError, SiteError
 from ultrazoo.grid import Grid
 from ultrazoo.spec import Segment, Site
@@ -57,6 +58,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"selector": {"name": "band", "width": -1}}, "selector.width", "at least 0"),
     ({"selector": {"name": "sink", "frames": 0}}, "selector.frames", "at least 1"),
     (budget(), "selector.heads", "give one of them"),
+    (budget(steps={}), "selector.heads", "give one of them"),
     (budget(heads=[0.1]), "selector.heads", "give one per head"),
     (budget(heads=[0.1, 0.0]), "selector.heads", "more than 0"),
     (budget(heads=[0.1, 1.1]), "selector.heads", "at most 1"),
@@ -79,6 +81,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"far": {"name": "average"}}, "far.name", "drop, mean, coarse"),
     ({"far": {"name": "mean", "order": 2}}, "far.order", "0, 1"),
     ({"far": {"name": "coarse", "gate": "relu"}}, "far.gate", "linear, sigmoid, none"),
+    ({"far": {"name": "linear", "skip": 0.9}}, "far.skip", "use keys: complement"),
+    ({"far": {"name": "linear", "alpha": 0.1}}, "far.alpha", "use join: alpha"),
     ({"kernel": "sdp"}, "kernel", "did you mean 'sdpa'?"),
 ]
 
@@ -96,6 +100,7 @@ def test_wrong_options_name_their_path_and_what_to_write(options: dict[str, Any]
     ("options", "path", "fix"),
     [
         (ruled("topk", count=100), "selector.rule.count", "100 of 1 key blocks"),
+        (ruled("topk", least=100), "selector.rule.least", "100 of 1 key blocks"),
         (
             {"order": {"name": "raster", "block": 8}, **ruled("topk", share=0.1, multiple=16)},
             "selector.rule.multiple",
@@ -108,7 +113,7 @@ def test_wrong_options_name_their_path_and_what_to_write(options: dict[str, Any]
             "at most 1",
         ),
     ],
-    ids=["count", "multiple", "runs", "inside a union"],
+    ids=["count", "least", "multiple", "runs", "inside a union"],
 )
 def test_what_only_the_size_shows_is_told_when_the_size_is_known(options: dict[str, Any], path: str, fix: str) -> None:
     with pytest.raises(SiteError) as caught:
@@ -171,6 +176,13 @@ def test_a_kernel_that_takes_no_lists_is_a_problem_before_the_call(kernel: str) 
     assert problem.path == "kernel"
     assert problem.rule == f"{kernel!r} can never run for this design: takes no block_map"
     assert "use auto, gathered" in problem.fix
+
+
+@pytest.mark.parametrize(("count", "fix"), [(3, "use 1 or 3 for"), (5, "use 1, 3, or 5 for")])
+def test_a_window_s_fix_names_no_size_twice(count: int, fix: str) -> None:
+    spec = BlockSparseSpec(order=TilesSpec(tile=(1, 2, 2)), selector=SlidingSpec(window=(2, 1, 1)))
+    (problem,) = spec.problems(Site(dim=16, heads=2, head_dim=8, grid=Grid(count, 4, 4)))
+    assert problem.fix == f"{fix} the whole axis"
 
 
 def test_a_kernel_without_lse_is_no_good_for_a_joint_softmax() -> None:

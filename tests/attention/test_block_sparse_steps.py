@@ -139,6 +139,24 @@ def test_a_plan_prices_the_sparse_steps_and_bounds_the_dense_ones() -> None:
     assert heads.pairs == TOKENS * 4 * 4
 
 
+def test_a_plan_that_knows_the_steps_prices_their_mean() -> None:
+    """Two dense steps, three of half the ten blocks, five of the selector's own three: the published way of giving a density."""
+    site = Site(dim=24, heads=HEADS, head_dim=SIZE, grid=Grid(*GRID), steps=10)
+    cost = spec_of(BudgetSpec(of=TOP, steps={"0-1": 1.0, "2,4-5": 0.5})).cost(site)
+    assert cost.pairs == TOKENS * 4 * (2 * 10 + 3 * 5 + 5 * 3) // 10
+    assert (cost.pairs_min, cost.pairs_max) == (TOKENS * 4 * 3, TOKENS**2)
+    dense = spec_of(BudgetSpec(of=TOP, steps={"0-9": 1.0})).cost(site)
+    assert (dense.pairs_min, dense.pairs) == (TOKENS**2, TOKENS**2)
+
+
+def test_a_budget_keeps_everything_if_every_share_does() -> None:
+    ones = (1.0,) * HEADS
+    assert BudgetSpec(of=TOP, heads=ones).keeps_all()
+    assert BudgetSpec(of=TOP, heads=ones, steps={"0-3": 1.0}).keeps_all()
+    assert not BudgetSpec(of=TOP, heads=ones, steps={"0-3": 0.1}).keeps_all()
+    assert not BudgetSpec(of=TOP, steps={"0-3": 1.0}).keeps_all()
+
+
 # --- kept maps --------------------------------------------------------------------------------------------------------
 
 CACHED = spec_of(CachedSpec(of=TOP, every=3))

@@ -88,6 +88,17 @@ def test_a_call_s_grid_is_three_positive_integers(grid: Any) -> None:
         Call(grid=grid)
 
 
+@pytest.mark.parametrize(
+    "step",
+    ["x", 3, (-1, 4), (4, 4), (7, 4), (0.5, 4), (0, 4.0), (True, 4), (1,), (0, 1, 2), torch.tensor([0, 4])],
+    ids=str,
+)
+def test_a_call_s_step_is_an_index_below_a_count(step: Any) -> None:
+    with pytest.raises(UsageError, match=r"a step is \(index, count\), two integers with 0 <= index < count, got "):
+        Call(grid=GRID, step=step)
+    assert Call(grid=GRID, step=(3, 4)).step == (3, 4)
+
+
 def with_extra(**sizes: int) -> dict[str, Any]:
     return {"extra": Extra(*more(**sizes))}
 

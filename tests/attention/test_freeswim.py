@@ -113,3 +113,11 @@ def test_an_unknown_kernel_is_refused() -> None:
     assert [problem.path for problem in spec.problems(SITE)] == ["kernel"]
     with pytest.raises(SiteError, match="nobodys"):
         spec.build(SITE)
+
+
+def test_a_kernel_without_bias_is_refused_where_windows_slide() -> None:
+    (problem,) = FreeswimSpec(trained=(2, 2), kernel="flash_attn").problems(SITE)
+    assert problem.path == "kernel"
+    assert problem.rule == "'flash_attn' can never run for this design: takes no bias"
+    # a window of the whole grid
+    assert FreeswimSpec(trained=(100, 100), kernel="flash_attn").problems(SITE) == []

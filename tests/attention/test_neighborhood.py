@@ -263,6 +263,17 @@ def test_bad_sizes_are_refused_with_what_is_legal(options: dict[str, Any], path:
     assert fix in found[0][2]
 
 
+@pytest.mark.parametrize("kernel", ["flash_attn", "xformers"])
+def test_a_kernel_without_bias_is_refused_where_tiles_have_masks(kernel: str) -> None:
+    found = refused(NeighborhoodSpec(kernel_size=3, kernel=kernel))
+    assert [path for path, _, _ in found] == ["kernel"]
+    assert found[0][1:] == (f"{kernel!r} can never run for this design: takes no bias", "use auto, sdpa, math")
+    # the tiles of blocked windows need none, and a whole axis has none
+    assert refused(NeighborhoodSpec(kernel_size=(1, 3, 4), stride=(1, 3, 4), kernel=kernel)) == []
+    assert refused(NeighborhoodSpec(kernel_size="full", kernel=kernel)) == []
+    assert refused(NeighborhoodSpec(kernel_size=3, kernel="math")) == []
+
+
 def test_every_axis_tells_its_own_problem() -> None:
     found = refused(NeighborhoodSpec(kernel_size=(9, 9, 9), stride=(1, 1, 1)))
     assert [rule.split(" is")[0] for _, rule, _ in found] == ["9 along t", "9 along h", "9 along w"]

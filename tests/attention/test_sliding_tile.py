@@ -284,3 +284,27 @@ def test_wrong_options_are_named(options: dict[str, object], path: str) -> None:
     spec, problems = parse_part("attention", {"name": "sliding_tile", **options})
     assert spec is None
     assert problems[0].path.startswith(path)
+
+
+def test_a_kernel_without_bias_is_refused_where_tiles_are_joined_with_masks() -> None:
+    """Tiles of their own need none; where small ones are joined, for fewer copies of keys, they do."""
+    site = SITE.at(grid=Grid(4, 12, 12))
+    (problem,) = refused(SlidingTileSpec(tile=(1, 1, 1), window=(1, 3, 3), kernel="flash_attn"), site)
+    assert problem[:2] == ("kernel", "'flash_attn' can never run for this design: takes no bias")
+    assert "sdpa" in problem[2]
+    assert refused(SlidingTileSpec(tile=(4, 12, 12), window=(1, 1, 1), kernel="flash_attn"), site) == []
+
+
+@pytest.mark.parametrize(
+    ("window", "exact"),
+    [
+        (("full", "full", "full"), True),
+        ((("full", "full", "full"), ("full", "full", "full")), True),
+        ((("full", "full", "full"), ("full", "full", 3)), False),
+        ((3, "full", "full"), False),
+    ],
+    ids=str,
+)
+def test_whole_windows_are_an_exact_start(window: Any, exact: bool) -> None:
+    traits = SlidingTileSpec(tile=(1, 2, 2), window=window).traits()
+    assert (traits.exact_at_init, traits.start.kind == "exact") == (exact, exact)

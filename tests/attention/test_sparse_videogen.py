@@ -11,7 +11,7 @@ import ultrazoo
 from ultrazoo.attention.sparse_videogen import SparseVideoGenSpec
 from ultrazoo.grid import Grid
 from ultrazoo.ops.blocks import even_blocks
-from ultrazoo.spec import Site
+from ultrazoo.spec import Segment, Site
 from ultrazoo.testing import error_ratio
 
 
@@ -69,3 +69,25 @@ def test_a_call_repeats() -> None:
     x = torch.randn(1, 105, 16)
     with torch.no_grad():
         assert torch.equal(block(x, (3, 5, 7)), block(x, (3, 5, 7)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "block", "grid", "extra", "words"),
+    [
+        ("by_key", 8, (1, 16, 16), 0, "is for blocks of one query, they have up to 8"),
+        ("by_key", 1, (1, 4, 4), 0, ""),
+        ("flash_attn_4", 64, (1, 16, 16), 0, "takes query blocks of 128 tokens alone, these are of 64"),
+        ("flash_attn_4", 128, (1, 16, 18), 0, "the last of these is of 32: 128 does not divide 288"),
+        ("flash_attn_4", 128, (1, 16, 16), 0, ""),
+        ("flash_attn_4", 128, (1, 16, 16), 7, "takes key blocks of 128 tokens alone, the last of these is of 7"),
+        ("gathered", 8, (1, 16, 17), 7, ""),
+    ],
+)
+def test_a_kernel_for_other_blocks_is_refused(
+    kernel: str, block: int, grid: tuple[int, int, int], extra: int, words: str
+) -> None:
+    segments = (Segment("text", extra),) if extra else ()
+    site = Site(dim=16, heads=2, head_dim=8, grid=Grid(*grid), extra=segments)
+    found = SparseVideoGenSpec(block=block, kernel=kernel).problems(site)
+    assert [problem.path for problem in found] == ["kernel"] * bool(words)
+    assert all(words in problem.rule for problem in found)

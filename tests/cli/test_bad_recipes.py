@@ -119,6 +119,18 @@ def test_all_problems_at_once(capsys, place):
         assert word in ran.err
 
 
+def test_all_wrong_recipes_at_once(capsys, place):
+    (place / "bad.yaml").write_text(HEAD + 'attention: {"*": {name: ultragen, rnk: 3}}\n')
+    ran = here(capsys, "plan", "bad.yaml", "tiny.yaml", "nosuch.yaml", "bad.yaml")
+    assert (ran.code, ran.out) == (2, "")
+    assert [line for line in ran.err.splitlines() if line[0] != " "] == [
+        "bad.yaml: 1 problem",
+        "nosuch.yaml: 1 problem",
+    ]
+    assert "rnk" in ran.err
+    assert "no such file" in ran.err
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -153,6 +153,15 @@ def test_a_reader_that_leaves_is_no_error():
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+def test_a_reader_that_leaves_plans_side_by_side_is_no_error():
+    for tail in ("| head -1", "| true"):
+        line = (
+            f"exec 3>&1; ({sys.executable} -m ultrazoo plan ultragen_tiny ultragen_tiny; echo $? >&3) {tail} >/dev/null"
+        )
+        done = subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> str:
     """What the program writes when stdout and stderr are a terminal."""
     master, slave = pty.openpty()

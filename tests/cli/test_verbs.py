@@ -10,6 +10,7 @@ import yaml
 import ultrazoo
 from tests.cli.program import here
 from ultrazoo import registry
+from ultrazoo.cost.units import interval
 
 
 def test_check(capsys, place):
@@ -35,12 +36,72 @@ def test_plan(capsys, place):
     for words in (made.hash, "ultragen = branched", "regional", "H100 80GB", "needs tuning", "exact", "of peak"):
         assert words in ran.out
     data = json.loads(here(capsys, "plan", "tiny.yaml", "--json").out)
-    assert data == json.loads(json.dumps(made.to_json()))
+    # what plan.json holds, and what the text has beside it
+    agreed = json.loads(json.dumps(made.to_json()))
+    assert {**data, "layers": None, "totals": None} == {
+        **agreed,
+        "layers": None,
+        "totals": None,
+        "seconds": data["seconds"],
+    }
+    assert agreed["totals"].items() <= data["totals"].items()
+    for row, layer in zip(agreed["layers"], data["layers"], strict=True):
+        assert all(layer[key] == value for key, value in row.items())
+    assert [row["gpu"] for row in data["seconds"]] == [row.gpu for row in made.seconds]
     assert {"schema", "name", "hash", "grid", "tokens", "layers", "totals", "clip", "fits", "plugins", "recipe"} <= set(
         data
     )
     rows = here(capsys, "plan", "tiny.yaml", "--layers").out
     assert all(f"\n{layer} " in rows for layer in (0, 1, 2))
+
+
+def test_plan_as_json_has_what_the_text_says(capsys, place):
+    made = ultrazoo.plan("tiny.yaml", "attention.1={name: skip_softmax}")
+    data = json.loads(here(capsys, "plan", "tiny.yaml", "attention.1={name: skip_softmax}", "--json").out)
+    for one, row in zip(made.layers, data["layers"], strict=True):
+        assert (row["written"], row["start"], row["peak_bytes"]) == (one.written, one.start, one.peak_bytes)
+        assert (row["pairs_min"], row["pairs_max"]) == (one.pairs_min, one.pairs_max)
+        visited = one.pairs if one.visited_pairs is None else one.visited_pairs
+        assert (row["visited_pairs"], row["full_pairs"]) == (visited, one.full_pairs)
+        assert row["visited_share"] == visited / one.full_pairs
+    assert data["layers"][1]["pairs_min"] < data["layers"][1]["pairs_max"]
+    assert data["totals"]["peak_bytes"] == max(one.peak_bytes for one in made.layers)
+    assert data["totals"]["flops"] == made.totals.flops
+    assert 0 < data["totals"]["visited_share"] <= 1
+    dry = json.loads(here(capsys, "build", "tiny.yaml", "attention.1={name: skip_softmax}", "--dry-run", "--json").out)
+    assert dry == data
+
+
+def test_rows_of_layers_are_for_one_plan(capsys, place):
+    for line in (("tiny.yaml", "tiny.yaml"), ("tiny.yaml", "--plot", "x.png")):
+        ran = here(capsys, "plan", *line, "--layers")
+        assert (ran.code, ran.out) == (2, "")
+        assert "--layers is for one plan" in ran.err
+    assert not (place / "x.png").exists()
+
+
+def test_describe_says_which_numbers_are_legal(capsys):
+    ran = here(capsys, "describe", "subblock")
+    assert "a number, 0 ≤ x < 1 " in ran.out
+    assert "a list of 2, each a whole number, x ≥ 1 " in ran.out
+    options = json.loads(here(capsys, "describe", "subblock", "--json").out)["options"]
+    bounds = {row["name"]: row["bounds"] for row in options}
+    assert (bounds["sparsity"], bounds["kernel"]) == ({"ge": 0, "lt": 1}, {})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({}, ""),
+        ({"ge": 1}, "x ≥ 1"),
+        ({"gt": 0}, "x > 0"),
+        ({"le": 4}, "x ≤ 4"),
+        ({"lt": 0.5}, "x < 0.5"),
+        ({"gt": 0, "le": 1000000}, "0 < x ≤ 1000000"),
+    ],
+)
+def test_intervals(bounds, words):
+    assert interval(bounds) == words
 
 
 def test_plans_side_by_side(capsys, place):

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ultrazoo.kernels import attend, record, table
 from ultrazoo.kernels.block_map import BlockMap
 from ultrazoo.kernels.door import PREFERENCE
 from ultrazoo.kernels.math import MathSpec
-from ultrazoo.ops.blocks import even_blocks
+from ultrazoo.ops.blocks import even_blocks, of_sizes
 from ultrazoo.testing import error_ratio
 
 EXACT = ("sdpa", "math")
@@ -230,6 +231,25 @@ def test_a_package_counts_when_its_function_is_there(
 def test_what_can_never_run_is_known_without_inputs(kernel: str, passes: set[str], words: str) -> None:
     assert words in registry.find("kernel", kernel).never(passes)
     assert registry.find("kernel", "math").never(passes - {"block_map"}) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ([128, 128], ""),
+        ([64, 64], "takes query blocks of 128 tokens alone, these are of 64"),
+        (
+            [128, 128, 104],
+            "takes query blocks of 128 tokens alone, the last of these is of 104: 128 does not divide 360",
+        ),
+        ([128, 104, 128, 7], "takes query blocks of 128 tokens alone, these are of 7 to 128"),
+    ],
+    ids=str,
+)
+def test_a_kernel_for_blocks_of_one_size_says_which_are_not(sizes: list[int], words: str) -> None:
+    blocks = of_sizes(np.array(sizes))
+    found = registry.find("kernel", "flash_attn_4").never({"block_map"}, blocks, even_blocks(256, 128))
+    assert found == ([words] if words else [])
 
 
 @pytest.mark.parametrize("learns", [False, True])

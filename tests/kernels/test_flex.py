@@ -49,6 +49,35 @@ def test_lists_compiled_equal_lists_gathered(blocks: Blocks) -> None:
     assert error_ratio(attend(q, k, v, block_map=block_map), expected) > 0.05
 
 
+@pytest.mark.parametrize("shape", [(1, HEADS), (2, HEADS), (1, 1)], ids=str)
+def test_masks_may_differ_by_head(shape: tuple[int, int]) -> None:
+    why = registry.find("kernel", "flex").absent()
+    if why:
+        pytest.skip(why)
+    q, k, v, block_map = call(even_blocks(230, 64))
+    mask = torch.rand(*shape, 1, 230, generator=torch.Generator().manual_seed(2)) < 0.5
+    with torch.no_grad():
+        expected = attend(q, k, v, block_map=block_map, key_mask=mask, kernel="gathered")
+        found = attend(q, k, v, block_map=block_map, key_mask=mask, kernel="flex")
+        first = attend(q, k, v, block_map=block_map, key_mask=mask[:1, :1], kernel="gathered")
+    assert error_ratio(found, expected) < 1e-5
+    if shape != (1, 1):
+        assert error_ratio(first, expected) > 0.05
+
+
+def test_lists_count_past_the_compiler_s_own_limit() -> None:
+    """There torch runs the function as it is written, which looks at no list."""
+    why = registry.find("kernel", "flex").absent()
+    if why:
+        pytest.skip(why)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        for tokens in (64, 96):
+            q, k, v, block_map = call(even_blocks(tokens, 32))
+            expected = attend(q, k, v, block_map=block_map, kernel="gathered")
+            assert error_ratio(attend(q, k, v, block_map=block_map, kernel="flex"), expected) < 1e-5
+            assert error_ratio(attend(q, k, v), expected) > 0.05
+
+
 def test_what_it_cannot_do_on_a_cpu_is_said() -> None:
     q, k, v, block_map = call(even_blocks(64, 32))
     with pytest.raises(KernelError) as caught:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +89,13 @@ def means(z: Tensor, blocks: Sequence[Block], real: Tensor | None = None) -> Ten
     return torch.stack(out, dim=2)
 
 
-def highest(scores: Tensor, count: int, usable: Tensor | None = None) -> Tensor:
-    """Bool: the `count` highest of every row of (B, heads, rows, blocks); of equal ones the first; only `usable` ones.
-
-    usable (B, 1, blocks).
-    """
+def highest(scores: Tensor, number: Callable[[int], int], usable: Tensor) -> Tensor:
+    """Bool: the highest of every row of (B, heads, rows, blocks), ``number(usable blocks)`` of them; of equal ones the first;
+    only `usable` ones, (B, 1, blocks)."""
     chosen = torch.zeros(scores.shape, dtype=torch.bool)
     for b in range(scores.shape[0]):
-        may = [True] * scores.shape[-1] if usable is None else usable[b, 0].tolist()
+        may = usable[b, 0].tolist()
+        count = number(sum(may))
         for h in range(scores.shape[1]):
             for i, row in enumerate(scores[b, h].detach().tolist()):
                 ranked = sorted((j for j in range(len(row)) if may[j]), key=lambda j, row=row: (-row[j], j))

@@ -72,6 +72,11 @@ def best(row: Sequence[float], count: int) -> set[int]:
     return set(sorted(range(len(row)), key=lambda i: (-row[i], i))[:count])
 
 
+def real_ones(row: Sequence[float]) -> int:
+    """How many groups of a row have a real key."""
+    return sum(value > float("-inf") for value in row)
+
+
 def heaviest(row: Sequence[float], mass: float) -> set[int]:
     """The fewest indices whose softmax reaches `mass`; at least one."""
     top = max(row)

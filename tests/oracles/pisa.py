@@ -56,8 +56,7 @@ def pisa(case: Case) -> Tensor | tuple[Tensor, Tensor]:
     scored = s * torch.einsum("bhid,bhjd->bhij", qc, kc) + key_terms(laid, options["score"])
     probability = scored.masked_fill(n[:, :, None] == 0, float("-inf")).softmax(-1)
     blocks = len(laid.key_blocks)
-    count = max(1, int(options["density"] * blocks + 1e-9))
-    near, far = near_and_far(laid, highest(probability, count, n > 0) & (n[:, :, None] > 0))
+    near, far = near_and_far(laid, highest(probability, lambda n: max(1, int(options["density"] * n + 1e-9)), n > 0))
     y = with_means(laid, near, far)
     if options["order"] == 1:
         state = torch.stack([block_state(laid, j) for j in range(blocks)]).sum(0)

@@ -205,9 +205,12 @@ def share_of(share: float, blocks: int, rounding: str = "up") -> int:
 
 def rule(options: Options, row: Row, keep: float | None, grid_blocks: int) -> list[int]:
     """The blocks that one row keeps; the first `grid_blocks` of them are the grid's."""
-    name, blocks = options["name"], len(row.scores)
+    name = options["name"]
     if keep == 1.0:
-        return list(range(blocks))
+        return list(range(len(row.scores)))
+    # what is not real competes for nothing, and is no part of what a share is of
+    grid_blocks = sum(score != NOTHING for score in row.scores[:grid_blocks])
+    blocks = sum(score != NOTHING for score in row.scores)
     if name == "topk":
         if options["competing"] == "added":
             visits = top_k_count(options, grid_blocks, keep) + blocks - grid_blocks

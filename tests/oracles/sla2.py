@@ -18,11 +18,12 @@ from .blockwise import Laid, answer, by_token, counts, highest, laid_out, means,
 from .sparse_linear import linear
 
 
-def soft_choice(p: Tensor, kept: float, tau: float, usable: Tensor) -> Tensor:
+def soft_choice(p: Tensor, share: float, tau: float, usable: Tensor) -> Tensor:
     """Weights (B, heads, rows, blocks); a row's lambda by halving an interval, then by Newton steps that carry gradients."""
     weights = torch.zeros_like(p)
     for b in range(p.shape[0]):
         may = usable[b, 0].nonzero()[:, 0].tolist()
+        kept = max(1.0, share * len(may))
         if kept >= len(may):
             weights[b, :, :, may] = 1.0
             continue
@@ -45,15 +46,14 @@ def soft_choice(p: Tensor, kept: float, tau: float, usable: Tensor) -> Tensor:
 
 def routed(case: Case, laid: Laid, usable: Tensor) -> Tensor:
     """Weights of block pairs, 0 or 1 where the router is hard."""
-    options, blocks = plain(case.spec), len(laid.key_blocks)
+    options = plain(case.spec)
     qc, kc = means(laid.q, laid.query_blocks, laid.asked), means(laid.k, laid.key_blocks, laid.real)
     qc, kc = qc @ case.weights["selector.query.weight"].T, kc @ case.weights["selector.key.weight"].T
     scored = torch.einsum("bhid,bhjd->bhij", qc, kc) * laid.q.shape[-1] ** -0.5
     if options["router"] == "hard":
-        kept = max(1, math.ceil(options["share"] * blocks - 1e-9))
-        return highest(scored, kept, usable).double()
+        return highest(scored, lambda blocks: max(1, math.ceil(options["share"] * blocks - 1e-9)), usable).double()
     p = scored.masked_fill(~usable[:, :, None], float("-inf")).softmax(-1)
-    return soft_choice(p, max(1.0, options["share"] * blocks), options["tau"], usable)
+    return soft_choice(p, options["share"], options["tau"], usable)
 
 
 def sla2(case: Case) -> Tensor | tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ultrazoo.testing import Case, plain
 
-from .grouped_tokens import answer, best, each_row, group_scores, heads_of, heaviest, over_groups, run_groups
+from .grouped_tokens import answer, best, each_row, group_scores, heads_of, heaviest, over_groups, real_ones, run_groups
 
 
 def sparge2(case: Case) -> Any:
@@ -15,7 +15,10 @@ def sparge2(case: Case) -> Any:
     tokens = case.x.shape[1]
     rows, columns = (run_groups(0, tokens, size) for size in options["block"])
     q, k, v, real = heads_of(case)
-    count = max(1, math.ceil(round(options["share"] * len(columns), 9)))
-    found = group_scores(q, k, rows, columns, real)
-    kept = each_row(found, lambda row: best(row, count) | heaviest(row, options["p"]))
+
+    def chosen(row: list[float]) -> set[int]:
+        count = max(1, math.ceil(round(options["share"] * real_ones(row), 9)))
+        return best(row, count) | heaviest(row, options["p"])
+
+    kept = each_row(group_scores(q, k, rows, columns, real), chosen)
     return answer(case, over_groups(case, q, k, v, real, kept, rows, columns))

@@ -48,14 +48,15 @@ def sparse_linear(case: Case) -> Tensor | tuple[Tensor, Tensor]:
     n = counts(laid.real, laid.key_blocks)
     qc, kc = means(laid.q, laid.query_blocks, laid.asked), means(laid.k, laid.key_blocks, laid.real)
     scored = torch.einsum("bhid,bhjd->bhij", qc, kc) * laid.q.shape[-1] ** -0.5
-    blocks = len(laid.key_blocks)
-    kept = min(blocks, max(1, share_of(share, blocks)))
+
+    def kept(blocks: int) -> int:
+        return min(blocks, max(1, share_of(share, blocks)))
+
     chosen = highest(scored, kept, n > 0)
     sparse = attend(scores(laid.q, laid.k, by_token(chosen, laid, 1.0) > 0), laid.v)
     if paper:
-        # of the others all but the lowest; blocks without a real key rank last
-        ranked = scored.masked_fill(n[:, :, None] == 0, float("-inf"))
-        between = highest(ranked, max(kept, blocks - share_of(skip, blocks))) & ~chosen
+        # of the others all but the lowest
+        between = highest(scored, lambda blocks: max(kept(blocks), blocks - share_of(skip, blocks)), n > 0) & ~chosen
         weights = by_token(between, laid, 0.0)
     else:
         weights = by_token(torch.ones_like(chosen), laid, 1.0)

@@ -47,7 +47,7 @@ def subblock(case: Case) -> Tensor | tuple[Tensor, Tensor]:
     options = plain(case.spec)
     laid = laid_out(case, options["block"], options["block"])
     found = block_scores(laid, options["block"], options["runs"])
-    count = kept_blocks(options["sparsity"], len(laid.key_blocks), options["multiple"])
-    chosen = highest(found, count, counts(laid.real, laid.key_blocks) > 0)
+    usable = counts(laid.real, laid.key_blocks) > 0
+    chosen = highest(found, lambda blocks: kept_blocks(options["sparsity"], blocks, options["multiple"]), usable)
     logits = scores(laid.q, laid.k, by_token(chosen, laid, 1.0) > 0)
     return answer(case, laid, attend(logits, laid.v))

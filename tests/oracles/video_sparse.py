@@ -23,6 +23,7 @@ from .grouped_tokens import (
     heads_of,
     means,
     over_groups,
+    real_ones,
     run_groups,
     tile_groups,
 )
@@ -46,8 +47,13 @@ def video_sparse(case: Case) -> Any:
     tiles = tile_groups(case.grid, tile)
     compete, always = segment_tiles(case, math.prod(options["tile"]))
     q, k, v, real = heads_of(case)
-    count = max(1, min(len(tiles), math.ceil(round((1 - options["sparsity"]) * len(tiles), 9)))) + len(compete)
-    kept = each_row(group_scores(q, k, tiles, tiles + compete, real), lambda row: best(row, count))
+
+    def chosen(row: list[float]) -> set[int]:
+        there = real_ones(row[: len(tiles)])
+        count = max(1, min(there, math.ceil(round((1 - options["sparsity"]) * there, 9))))
+        return best(row, count + real_ones(row[len(tiles) :]))
+
+    kept = each_row(group_scores(q, k, tiles, tiles + compete, real), chosen)
     fine = over_groups(case, q, k, v, real, kept, tiles, tiles + compete)
     if options["gate"] == "none":
         return answer(case, fine)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..cost.units import percent
 from .blocks import BlockMap
 from .influence import ALL, View, Views
 from .pictures import ELSEWHERE, FAINT, HERE, MARK, MOST_GROUPS, STYLE
@@ -43,7 +42,9 @@ def block_figure(groups: Sequence[Views], maps: Sequence[Mapping[str, BlockMap]]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(wide, tall), dpi=120)
         figure.text(0.12 / wide, 1 - 0.22 / tall, heading, weight="bold", fontsize=11, va="center")
+        some = any(not one.exact for _, named in shown for one in named.values())
         legend = "down: blocks of queries; across: blocks of keys; dark: all pairs seen, grey: none"
+        legend += ", of the queries looked at" if some else ""
         figure.text(0.12 / wide, 1 - 0.48 / tall, legend, fontsize=8, va="center")
         for row, (group, named) in enumerate(shown):
             top = tall - head - row_tall * row
@@ -53,7 +54,7 @@ def block_figure(groups: Sequence[Views], maps: Sequence[Mapping[str, BlockMap]]
                 box = ((_LEFT + (_SIDE + _GAP) * column) / wide, low, _SIDE / wide, _SIDE / tall)
                 axes = figure.add_axes(box)
                 _map(axes, one)
-                axes.set_title(f"{name}: {percent(one.seen)} of block pairs", loc="left", fontsize=8, pad=4)
+                axes.set_title(f"{name}: {one.seen_text}", loc="left", fontsize=8, pad=4)
                 if column == 0:
                     axes.set_ylabel(f"queries, {group.title}", fontsize=7)
     return figure

@@ -57,6 +57,12 @@ class BlockMap:
         """Share of pairs of blocks in which any pair of tokens was seen."""
         return float((self.share > 0).mean())
 
+    @property
+    def seen_text(self) -> str:
+        """``37 % of block pairs``, with ``at least`` where some queries were left out and may see more."""
+        least = "" if self.exact or self.seen == 1 else "at least "
+        return f"{least}{percent(self.seen)} of block pairs"
+
     def title(self) -> str:
         """``63 blocks of 3x46x80 tokens, 2 of 11 040 queries of each looked at``."""
         sizes = "x".join(map(str, self.block))
@@ -68,12 +74,15 @@ class BlockMap:
         return f"{title}; inside it the data choose, about {expected} of all pairs ({least} to {most})"
 
     def data(self) -> dict[str, Any]:
-        """The map as plain data, shares to four digits."""
+        """The map as plain data, shares to four digits. `seen` of pairs of blocks is exact or, from few queries, a lower
+        bound."""
         return {
             "block": list(self.block),
             "counts": list(self.counts),
             "queries_looked_at": self.looked_at,
             "queries_of_a_block": self.of,
+            "seen": self.seen,
+            "seen_bound": "exact" if self.exact or self.seen == 1 else "lower bound",
             "visits": None
             if self.visits is None
             else dict(zip(("least", "expected", "most"), self.visits, strict=True)),

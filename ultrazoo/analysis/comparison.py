@@ -55,8 +55,7 @@ def compare(plans: Sequence[Plan]) -> list[Compared]:
 
 def visited_share(plan: Plan) -> float:
     """Query-key pairs that kernels visit, masked ones included, over those of full attention."""
-    visited = sum(one.pairs if one.visited_pairs is None else one.visited_pairs for one in plan.layers)
-    return visited / sum(one.full_pairs for one in plan.layers)
+    return sum(one.visited for one in plan.layers) / sum(one.full_pairs for one in plan.layers)
 
 
 def peak_bytes(plan: Plan) -> int:
@@ -180,8 +179,8 @@ def note(compared: Sequence[Compared]) -> str:
     return "\n".join(lines)
 
 
-def show(compared: Sequence[Compared]) -> None:
-    """Print the comparison on stdout: colours only on a terminal and without NO_COLOR, never cut when piped."""
+def text(compared: Sequence[Compared]) -> str:
+    """The comparison for stdout: colours only on a terminal and without NO_COLOR, never cut when piped."""
     import sys
 
     from rich.console import Console
@@ -189,5 +188,8 @@ def show(compared: Sequence[Compared]) -> None:
 
     width = None if sys.stdout.isatty() else max(100, 24 + 30 * len(compared))
     console = Console(file=sys.stdout, width=width, highlight=False)
-    console.print(table(compared))
-    console.print(Text("\n" + note(compared)), style="dim")
+    # written by the caller: rich would end the program where nobody reads any more
+    with console.capture() as captured:
+        console.print(table(compared))
+        console.print(Text("\n" + note(compared)), style="dim", end="")
+    return captured.get()

@@ -28,7 +28,7 @@ from ..cost.units import count, percent
 from ..grid import Grid
 from ..spec import AttentionSpec, Site
 from .follow import Follow, Token, TooMuch, moved, samples, smaller_grids
-from .influence import Silent
+from .influence import Silent, bound
 
 ALL_TOKENS = 1024
 """Every query is followed on grids of up to so many tokens."""
@@ -44,7 +44,8 @@ class Coverage:
     `layers`: last layers after which every token followed can depend on every token; None: not after all of them.
     `reached[k]`: share of the grid that the query with the least can depend on through the last k + 1 layers.
     `apart`: pairs (query, token) of those followed that never meet, of `pairs`; `example` is one of them. `bound` is
-    ``upper bound`` where a design says what the data may select, not what they do. `unknown` says why there is no answer.
+    ``upper bound`` where a design of the layers followed says what a query may depend on, not what it does; `selects` where
+    the data choose inside that. `unknown` says why there is no answer.
     """
 
     grid: Grid
@@ -59,6 +60,7 @@ class Coverage:
     example: tuple[Token, Token] | None = None
     bound: str = "exact"
     extra: bool = False
+    selects: bool = False
     unknown: str = ""
 
     @property
@@ -67,17 +69,23 @@ class Coverage:
         return self.how == "all" and self.bound == "exact"
 
     @property
-    def apart_share(self) -> float:
+    def apart_share(self) -> float | None:
+        """Of all pairs; None where only some queries were followed, most of them corners, which see the least."""
+        if self.queries < self.grid.tokens:
+            return None
         return self.apart / self.pairs if self.pairs else 0.0
 
     def short(self) -> str:
-        """``2``, ``≥2``, ``≈3`` or ``never (75 % apart)``: one cell of a table."""
+        """``2``, ``≥2``, ``≈3``, ``never (75 % apart)`` or ``never (some apart)``: one cell of a table."""
         if self.unknown:
             return "unknown"
-        mark = "≈" if self.how == "shrunken" else "≥" if self.bound != "exact" else ""
+        mark = "≈" if self.how == "shrunken" else "≥" if self.selects else ""
         if self.layers is not None:
             return f"{mark}{self.layers}"
-        return f"{mark if mark == '≈' else ''}never ({percent(self.apart_share)} apart)"
+        return f"{mark if mark == '≈' else ''}never ({self._apart()} apart)"
+
+    def _apart(self) -> str:
+        return "some" if self.apart_share is None else percent(self.apart_share)
 
     def text(self) -> str:
         """The answer in sentences, with how it was found."""
@@ -86,17 +94,18 @@ class Coverage:
         lines = [f"coverage: {self._answer()} ({self._found()})"]
         if self.layers is None:
             (query, token) = self.example or ((0, 0, 0), (0, 0, 0))
-            followed = "" if self.how == "all" else " followed"
-            lines.append(
-                f"  never meet: {count(self.apart)} of {count(self.pairs)} pairs{followed} "
-                f"({percent(self.apart_share)}); for example {query} does not depend on {token}"
-            )
+            pairs = f"{count(self.apart)} of {count(self.pairs)} pairs ({self._apart()})"
+            if self.apart_share is None:
+                pairs = "some pairs, how many is not known"
+            lines.append(f"  never meet: {pairs}; for example {query} does not depend on {token}")
         if len(self.reached) > 1 or self.layers is None:
             shares = ", ".join(percent(share) for share in self.reached[:8])
             more = ", …" if len(self.reached) > 8 else ""
             lines.append(f"  reached by the query with the least, layer by layer from the last: {shares}{more}")
-        if self.bound != "exact":
+        if self.selects:
             lines.append("  the data select inside what is counted here: fewer pairs may meet, and later")
+        elif self.bound != "exact":
+            lines.append("  for some data a pair may weigh nothing")
         if self.extra:
             lines.append("  extra tokens see everything and are seen by all: through them two layers are enough")
         return "\n".join(lines)
@@ -105,7 +114,7 @@ class Coverage:
         about = "about " if self.how == "shrunken" else ""
         if self.layers is None:
             return f"after all {self.depth} layers some tokens cannot have influenced each other"
-        least = "at least " if self.bound != "exact" else ""
+        least = "at least " if self.selects else ""
         plural = "s" if self.layers != 1 else ""
         return f"after {about}{least}{self.layers} layer{plural} every token can have influenced every other"
 
@@ -124,7 +133,7 @@ class Coverage:
         )
 
     def data(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """The same as plain data; pairs that never meet are of the queries followed, their share of all pairs or None."""
         return {
             "layers": self.layers,
             "of": self.depth,
@@ -132,6 +141,7 @@ class Coverage:
             "grid": list(self.grid),
             "queries": self.queries,
             "bound": self.bound,
+            "selects": self.selects,
             "reached": list(self.reached),
             "never_meet": {
                 "pairs": self.apart,
@@ -203,6 +213,7 @@ def _followed(
         if shares[-1] == 1:
             break
     apart = len(queries) * grid.tokens - int(counts.sum())
+    bounds = [bound(spec) for spec in attention[len(attention) - len(shares) :]]
     extra = [_carries(site) for site in sites[-2:]]
     return Coverage(
         grid=grid,
@@ -215,7 +226,8 @@ def _followed(
         apart=apart,
         pairs=len(queries) * grid.tokens,
         example=follow.example(grid) if apart else None,
-        bound="exact" if all(spec.traits().visible == "exact" for spec in attention) else "upper bound",
+        bound="exact" if all(one == "exact" for one, _ in bounds) else "upper bound",
+        selects=any(chosen for _, chosen in bounds),
         extra=len(extra) == 2 and all(extra),
     )
 

@@ -62,7 +62,8 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """The layers in which a query has the same views. `attention` is the name of what runs there."""
+    """The layers in which a query has the same views. `attention` is the name of what runs there; `selects`: do the data
+    choose inside them?"""
 
     layers: tuple[int, ...]
     attention: str
@@ -70,6 +71,7 @@ class Views:
     bound: str
     query: tuple[int, int, int]
     views: tuple[View, ...]
+    selects: bool = False
 
     @property
     def title(self) -> str:
@@ -79,6 +81,15 @@ class Views:
     def whole(self) -> View:
         """The view of the whole attention."""
         return self.views[-1]
+
+
+def bound(spec: AttentionSpec) -> tuple[str, bool]:
+    """What `visible` is, ``exact`` or ``upper bound``, and whether the data choose inside it.
+
+    Where a far field gives every query what was not chosen, nothing is left to choose.
+    """
+    traits = spec.traits()
+    return traits.visible, traits.visible != "exact" and traits.selects
 
 
 def default_query(grid: Grid) -> tuple[int, int, int]:
@@ -154,15 +165,16 @@ def grouped(
     if not sites:
         return []
     query = query or default_query(sites[0].grid)
-    found: dict[tuple[str, str, bytes], tuple[list[int], tuple[View, ...], str]] = {}
+    found: dict[tuple[str, str, bytes], tuple[list[int], tuple[View, ...], tuple[str, bool]]] = {}
     for site, spec, asked in zip(sites, attention, written or attention, strict=True):
         now = views(spec, site, query)
         traits = asked.traits()
         name = spec.name if asked.name == spec.name else f"{asked.name} = {spec.name}"
         key = (name, str(traits.start), _digest(now))
-        found.setdefault(key, ([], now, spec.traits().visible))[0].append(site.layer)
+        found.setdefault(key, ([], now, bound(spec)))[0].append(site.layer)
     return [
-        Views(tuple(layers), name, start, bound, query, now) for (name, start, _), (layers, now, bound) in found.items()
+        Views(tuple(layers), name, start, known, query, now, selects)
+        for (name, start, _), (layers, now, (known, selects)) in found.items()
     ]
 
 

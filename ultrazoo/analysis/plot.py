@@ -35,23 +35,25 @@ def _gpu(compared: Sequence[Compared]) -> str | None:
     return "H100 80GB" if "H100 80GB" in shared else min(shared, default=None)
 
 
-def _clip(plan: Plan, gpu: str | None) -> float | None:
-    """Seconds of a clip, or of one forward where a plan has no sampling."""
-    row = next((one for one in plan.seconds if one.gpu == gpu), None)
-    if row is None:
-        return None
-    return row.forward if row.clip is None else row.clip
+def _seconds(compared: Sequence[Compared]) -> Panel:
+    """A clip, or one forward of each where some plan has no sampling."""
+    gpu = _gpu(compared)
+    found = {id(one): next((row for row in one.plan.seconds if row.gpu == gpu), None) for one in compared}
+    clips = all(row is None or row.clip is not None for row in found.values())
+
+    def value(one: Compared) -> float | None:
+        row = found[id(one)]
+        return None if row is None else row.clip if clips else row.forward
+
+    def text(one: Compared) -> str:
+        seconds = value(one)
+        return "–" if seconds is None else units.duration(seconds)
+
+    return Panel(f"{'clip' if clips else 'forward'} on {gpu}", value, text)
 
 
 def panels(compared: Sequence[Compared]) -> list[Panel]:
     """What is drawn, left to right."""
-    gpu = _gpu(compared)
-    forward = any(row.clip is None for one in compared for row in one.plan.seconds if row.gpu == gpu)
-
-    def seconds(one: Compared) -> str:
-        value = _clip(one.plan, gpu)
-        return "–" if value is None else units.duration(value)
-
     return [
         Panel("visited share of full", lambda c: visited_share(c.plan), lambda c: units.percent(visited_share(c.plan))),
         Panel("coverage, layers", lambda c: c.coverage.layers, lambda c: c.coverage.short()),
@@ -64,7 +66,7 @@ def panels(compared: Sequence[Compared]) -> list[Panel]:
         Panel("parameters", lambda c: c.plan.totals.parameters, _parameters),
         Panel("weights + activations", _memory, lambda c: units.gib(_memory(c))),
         Panel("peak in one attention", lambda c: peak_bytes(c.plan), lambda c: units.gib(peak_bytes(c.plan))),
-        Panel(f"{'clip or forward' if forward else 'clip'} on {gpu}", lambda c: _clip(c.plan, gpu), seconds),
+        _seconds(compared),
     ]
 
 
@@ -150,6 +152,6 @@ def _foot(compared: Sequence[Compared]) -> str:
         lines.append("≈ estimated on a smaller grid")
     if any(one.coverage.how == "sampled" for one in compared):
         lines.append("large grids are followed from sampled queries")
-    if any(one.coverage.bound != "exact" for one in compared):
+    if any(one.coverage.selects for one in compared):
         lines.append("≥ where the data select")
     return "; ".join(lines)

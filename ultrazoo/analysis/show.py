@@ -55,6 +55,7 @@ class Shown:
                     "attention": group.attention,
                     "start": group.start,
                     "visible": group.bound,
+                    "selects": group.selects,
                     "branches": [
                         {
                             "name": view.name,

@@ -28,7 +28,8 @@ def render(groups: Sequence[Views], *, width: int = 100, unicode: bool = True) -
         t, y, x = group.query
         lines.append(f"{group.title}: {group.attention}; query t={t} y={y} x={x}; starts {group.start}")
         if group.bound != "exact":
-            lines.append(f"  ({group.bound}: what the data select lies inside)")
+            inside = "what the data select lies inside" if group.selects else "some of it may weigh nothing"
+            lines.append(f"  ({group.bound}: {inside})")
         shown = group.views if len(group.views) != 2 else group.views[-1:]
         lines += _side_by_side([_block(view, group.query, shades, query, width, len(shown)) for view in shown], width)
         lines.append("")
@@ -53,7 +54,8 @@ def render_blocks(
         shown = named if len(named) != 2 else {ALL: named[ALL]}
         lines += _side_by_side([_block_map(name, one, shades, width, len(shown)) for name, one in shown.items()], width)
         lines.append("")
-    lines.append(f"{_BLOCK_LEGEND}: {_steps(shades)}")
+    some = any(not one.exact for named in maps for one in named.values())
+    lines.append(f"{_BLOCK_LEGEND}{', of the queries looked at' if some else ''}: {_steps(shades)}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -64,7 +66,9 @@ def _block_map(name: str, one: BlockMap, shades: str, width: int, columns: int) 
     rows = max(1, min(one.blocks, round(cols / 2)))
     edge = "-" * cols
     drawn = ["".join(_shade(value, shades) for value in row) for row in cells(one.share, rows, cols)]
-    caption = [name, f"{percent(one.seen)} of block pairs"]
+    caption = [name, one.seen_text]
+    if not one.exact:
+        caption.append(f"from {count(one.looked_at)} of {count(one.of)} queries per block")
     return [*caption, f"+{edge}+", *(f"|{row}|" for row in drawn), f"+{edge}+"]
 
 

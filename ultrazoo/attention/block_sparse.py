@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import Problem, SiteError
+from ..errors import Problem, SiteError, UsageError
 from ..grid import Grid
 from ..kernels import attend
-from ..kernels.block_map import BlockMap
+from ..kernels.block_map import BlockMap, misfit
 from ..ops.graphs import outside_graphs
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
-from .checks import same_dtype
+from .checks import same_dtype, selector_problems
 from .contract import Attention, Call, Host, grid_positions
 from .full import kernel_problems
 from .grouped import attend_extra
@@ -81,9 +81,9 @@ class BlockSparseSpec(AttentionSpec):
             found.append(Problem("far.skip", rule, "use 0, or selector pooled with a rule that chooses"))
         if found:
             return found
-        return self._kernel_problems(site) + [
-            p.under("selector") for p in self.selector.place_problems(self.place(site), site)
-        ]
+        place = self.place(site)
+        found = self.selector.place_problems(place, site) or selector_problems(self.selector, place, site)
+        return self._kernel_problems(site) + [problem.under("selector") for problem in found]
 
     def _kernel_problems(self, site: Site) -> list[Problem]:
         if self.kernel == "auto":
@@ -121,6 +121,7 @@ class BlockSparseSpec(AttentionSpec):
             out_flops=2 * tokens * site.inner * site.dim,
             other_flops=other,
             parameters=owned,
+            visited_pairs=self._visited(place, expected, dense_pairs),
             pairs_min=least if self.selects else None,
             pairs_max=most if self.selects else None,
             # q, k, v as projected, in block order and cut into blocks; single queries have sums in fp32 besides
@@ -129,6 +130,14 @@ class BlockSparseSpec(AttentionSpec):
             kept_bytes=self.selector.kept_bytes(place, site),
             branches=(BranchCost("blocks", expected, attention, qkv, other, owned),),
         )
+
+    def _visited(self, place: Place, pairs: int, dense_pairs: int) -> int | None:
+        """Pairs with those of slots that no token fills: blocks are cut to the size of the largest, but for single queries."""
+        if place.queries.largest == 1:
+            return None
+        apart = self.far.pairs(place) + dense_pairs
+        queries, keys = (z.count * z.largest / z.tokens for z in (place.queries, place.keys))
+        return apart + round((pairs - apart) * queries * keys)
 
     @property
     def selects(self) -> bool:
@@ -168,6 +177,7 @@ class BlockSparseSpec(AttentionSpec):
     def traits(self) -> Traits:
         learned = self.far.learned or self.selector.parameters(Site(dim=8, heads=1, head_dim=8)) > 0
         exact = self.selector.keeps_all() and self.far.exact_with_all()
+        whole = self.far.reads_all or not self.selects
         start = Start("training-free", "selects by the data; dense first steps advised (`steps`)")
         if exact:
             start = Start("exact", "every block is selected")
@@ -179,7 +189,7 @@ class BlockSparseSpec(AttentionSpec):
             start=start,
             exact_at_init=exact,
             export=(),
-            visible="upper bound" if self.selects else "exact",
+            visible="exact" if whole and not self.far.may_skip else "upper bound",
             min_grid=(1, 1, 1),
             selects=self.selects,
             fullgraph=False,
@@ -334,16 +344,19 @@ class BlockSparseAttention(Attention):
 
     def _map(self, scene: Scene) -> BlockMap:
         place = scene.place
+        batch, heads = scene.q.shape[:2]
         choose = self.selector(scene)
         always = place.keys.count - place.selectable
 
         def rows(lo: int, hi: int) -> Tensor:
             found: Tensor = choose(lo, hi)
+            if problem := misfit(found, batch, heads, hi - lo, place.selectable):
+                spec: Any = self.spec
+                raise UsageError(f"selector {spec.selector.name!r}: query blocks {lo} to {hi - 1}: {problem}")
             if not always:
                 return found
             return torch.cat([found, found.new_ones(*found.shape[:3], always)], dim=-1)
 
-        batch, heads = scene.q.shape[:2]
         return BlockMap(place.queries, place.keys, rows, batch, heads, scene.q.device)
 
 

@@ -1,21 +1,25 @@
-"""What a call must look like: shapes, dtypes and devices of everything that goes into an attention, told before it runs.
+"""What a call must look like: shapes, dtypes and devices of everything that goes into an attention, told before it runs; and
+what a selector must say.
 
-Nothing here computes. Sizes may be symbolic while a compiler or an exporter follows the code: then nothing is checked.
+Nothing here computes more than one row of a map. Sizes may be symbolic while a compiler or an exporter follows the code: then nothing is checked.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import Problem, UsageError
 from ..ops.graphs import followed
 
 if TYPE_CHECKING:
     from ..spec import Site, Traits
     from .contract import Call, Extra
+    from .parts.orders import Place
+    from .parts.selectors import SelectorSpec
 
 
 def shown(z: Any) -> str:
@@ -63,7 +67,7 @@ def check_extra(extra: Extra) -> None:
 
 
 def check_call(call: Call) -> None:
-    """Raise UsageError for a grid that is none, and for a mask or a timestep of the wrong kind."""
+    """Raise UsageError for a grid or a step that is none, and for a mask or a timestep of the wrong kind."""
     grid = call.grid
     if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in grid):
         raise UsageError(f"a call's grid is (T, H, W), three positive integers (an image has T = 1), got {tuple(grid)}")
@@ -73,6 +77,16 @@ def check_call(call: Call) -> None:
         raise UsageError(
             f"a timestep is a tensor (B,), (B, T) or (B, N) on the 0..1000 scale, got {shown(call.timestep)}"
         )
+    if call.step is not None and not _is_step(call.step):
+        raise UsageError(f"a step is (index, count), two integers with 0 <= index < count, got {call.step!r}")
+
+
+def _is_step(step: Any) -> bool:
+    if not isinstance(step, tuple | list) or len(step) != 2:
+        return False
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in step):
+        return False
+    return bool(0 <= step[0] < step[1])
 
 
 def check_inputs(name: str, site: Site, x: Tensor, call: Call) -> None:
@@ -123,6 +137,43 @@ def check_wanted(name: str, traits: Traits, call: Call) -> None:
         raise UsageError(f"attention {name!r} takes no padded grid tokens (key_valid){why}")
     if call.extra is not None and not traits.extra:
         raise UsageError(f"attention {name!r} takes no extra tokens{why}")
+
+
+def selector_problems(selector: SelectorSpec, place: Place, site: Site) -> list[Problem]:
+    """What a selector, or one inside it, leaves unsaid that a plan or a call asks for, and a map of the wrong kind: one row is
+    made for it."""
+    from .parts.selectors import SelectorSpec
+
+    inner = getattr(selector, "of", ())
+    parts = {"of": inner} if isinstance(inner, SelectorSpec) else {}
+    if isinstance(inner, tuple):
+        parts = {f"of.{i}": one for i, one in enumerate(inner) if isinstance(one, SelectorSpec)}
+    found = [problem.under(path) for path, one in parts.items() for problem in selector_problems(one, place, site)]
+    own, allowed = type(selector), f"bool (1, rows, {place.selectable}) or ({site.heads}, rows, {place.selectable})"
+    if found:
+        return found
+    if not selector.is_static:
+        if own.bounds is SelectorSpec.bounds:
+            rule = f"{selector.name!r} is not static and does not say how much it keeps"
+            found.append(
+                Problem("", rule, "give it bounds(place, site, keep): fewest, expected and most pairs per head")
+            )
+        if own.build is SelectorSpec.build:
+            rule = f"{selector.name!r} is neither static nor has it a module that looks at the data"
+            found.append(Problem("", rule, "give it build(site), or a map and static = True"))
+        return found
+    if own.map is SelectorSpec.map:
+        rule = f"{selector.name!r} is static and has no map"
+        return [Problem("", rule, f"give it map(place, site, lo, hi): {allowed}")]
+    row = selector.map(place, site, 0, 1)
+    if not isinstance(row, np.ndarray):
+        return [
+            Problem("", f"{selector.name!r} has a map of type {type(row).__name__}", f"a map is numpy's, {allowed}")
+        ]
+    if row.dtype != bool or row.shape not in ((1, 1, place.selectable), (site.heads, 1, place.selectable)):
+        rule = f"{selector.name!r} maps one query block to {row.dtype} {row.shape}"
+        return [Problem("", rule, f"a map is {allowed}")]
+    return []
 
 
 def same_dtype(extra: Extra, k: Tensor) -> None:

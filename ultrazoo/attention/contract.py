@@ -91,9 +91,9 @@ class Call:
     """Everything about one call that is not the hidden states.
 
     `timestep` is on the 0..1000 scale, (B,), (B, T) or (B, N). `key_valid` (B, N) bool is True where a grid token is real.
-    `step` is (index, count) of the sampler, `branch` the guidance branch (plain Python). `state` is a dict made by the
+    `step` is (index, count) of the sampler, from 0, `branch` the guidance branch (plain Python). `state` is a dict made by the
     model for whatever a mechanism keeps between calls, None when nothing may be kept. Raises UsageError for a grid that is
-    not three positive integers, and for a mask or timestep of the wrong kind.
+    not three positive integers, and for a mask, timestep or step of the wrong kind.
     """
 
     grid: tuple[int, int, int]

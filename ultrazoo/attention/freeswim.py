@@ -19,7 +19,6 @@ from typing import ClassVar
 from ..errors import Problem
 from ..grid import Grid
 from ..spec import AttentionSpec, Rope, Site, Start, Traits, option
-from .full import kernel_problems
 from .neighborhood import NeighborhoodSpec
 
 
@@ -43,7 +42,7 @@ class FreeswimSpec(AttentionSpec):
         return 2 * (self.trained[0] // 2) + 1, 2 * (self.trained[1] // 2) + 1
 
     def problems(self, site: Site) -> list[Problem]:
-        return kernel_problems(self.kernel)
+        return self.expand(site).problems(site)
 
     def expand(self, site: Site) -> AttentionSpec:
         tokens = self.trained[0] * self.trained[1]

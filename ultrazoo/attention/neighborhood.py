@@ -72,7 +72,7 @@ class NeighborhoodSpec(ViewsSpec):
             return found
         for axis, length, (kernel, stride, dilation) in zip(AXES, site.grid, self.axes(site.grid), strict=True):
             found += axis_problems(axis, length, kernel, stride, dilation)
-        return found
+        return found or self.mask_problems(self.kernel, site)
 
     def groups(self, grid: Grid, heads: int) -> tuple[Group, ...]:
         t, h, w = (

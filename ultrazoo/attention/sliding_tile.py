@@ -72,7 +72,7 @@ class SlidingTileSpec(ViewsSpec):
                     rule = f"an even window of {size} tiles along {axis} has no middle"
                     odd = f"{size - 1}, {size + 1}" if size + 1 < count else f"{size - 1}"
                     found.append(Problem(path, rule, f"use {odd} or full, which is {count} tiles there"))
-        return found
+        return found or self.mask_problems(self.kernel, site)
 
     def _tile_problems(self, grid: Grid) -> list[Problem]:
         t, h, w = self.tile
@@ -142,7 +142,10 @@ class SlidingTileSpec(ViewsSpec):
                 "needs tuning", "arXiv 2502.04507: 1 600 steps of distillation for one window of (3, 3, 3) tiles"
             )
         )
-        return Traits(start=start, export=(), notes=NO_EXPORT)
+        exact = bool(self.window) and all(size == "full" for _, window in self._windows() for size in window)
+        if exact:
+            start = Start("exact", "computes full attention")
+        return Traits(start=start, exact_at_init=exact, export=(), notes=NO_EXPORT)
 
     @classmethod
     def examples(cls) -> list[tuple[AttentionSpec, Site]]:

@@ -52,7 +52,12 @@ class SparseVideoGenSpec(AttentionSpec):
     kernel: str = option("auto", "a registered kernel that takes block maps, or auto")
 
     def problems(self, site: Site) -> list[Problem]:
-        return kernel_problems(self.kernel, ("block_map",))
+        blocks = even_blocks(site.tokens, self.block)
+        return kernel_problems(self.kernel, ("block_map",), blocks, self.key_blocks(blocks, site.extra_tokens))
+
+    def key_blocks(self, blocks: Blocks, extra: int) -> Blocks:
+        """Blocks of the grid's keys, and behind them those of extra ones."""
+        return blocks.then(even_blocks(extra, self.block)) if extra else blocks
 
     def band(self, grid: Grid) -> int:
         """Blocks to either side of a query's."""
@@ -172,7 +177,7 @@ class SparseVideoGenAttention(Attention):
         """Attention in the band: extra keys stand behind the grid's and are seen by all; mask (B, heads, keys)."""
         spec: Any = self.spec
         extra = k.shape[2] - grid.tokens
-        key_blocks = blocks.then(even_blocks(extra, spec.block)) if extra else blocks
+        key_blocks = spec.key_blocks(blocks, extra)
 
         def rows(lo: int, hi: int) -> Tensor:
             found = torch.from_numpy(spec.map(grid, blocks, lo, hi))[None, None].to(q.device)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import Problem
 from ..grid import Grid
 from ..ops.boxes import AxisView, Boxes, fitted, tile_elements, visited
 from ..ops.graphs import constant_in_graphs
@@ -22,6 +23,7 @@ from ..spec import AttentionSpec, BranchCost, Cost, Site
 from .boxed import Job, attend_boxes
 from .by_head import pick
 from .contract import Attention, Call, Host, grid_positions, refuse_segments
+from .full import kernel_problems
 from .grouped import attend_extra
 
 Views = tuple[AxisView, AxisView, AxisView]
@@ -51,22 +53,30 @@ class ViewsSpec(AttentionSpec):
     def score_scale(self, head_dim: int) -> float | None:
         return None
 
+    def mask_problems(self, kernel: str, site: Site) -> list[Problem]:
+        """A kernel that takes no bias, where tiles at the site's grid need masks. For settings without other problems."""
+        if kernel == "auto":
+            return []
+        axes = (axis for group in self.groups(site.grid, site.heads) for axis in fitted(*group.views).axes)
+        masked = any(tile.seen is not None for axis in axes for tile in axis)
+        return kernel_problems(kernel, ("bias",) if masked else ())
+
     def cost(self, site: Site) -> Cost:
         tokens, extra = site.tokens, site.extra_tokens
         # every query sees the extra keys, extra queries see everything
         more = extra * (2 * tokens + extra)
-        rows, pairs, total, tile = [], 0, 0, 0
+        rows, total, visits, tile = [], 0, 0, 0
         for group in self.groups(site.grid, site.heads):
             heads = group.count(site)
             boxes = fitted(*group.views)
-            computed = visited(boxes) + more
+            pairs = math.prod(view.pairs for view in group.views) + more
             tile = max(tile, tile_elements(boxes, site.width))
-            pairs += heads * (math.prod(view.pairs for view in group.views) + more)
-            total += heads * computed
-            rows.append(BranchCost(group.name, computed, 4 * computed * heads * site.head_dim))
+            total += heads * pairs
+            visits += heads * (visited(boxes) + more)
+            rows.append(BranchCost(group.name, pairs, 4 * pairs * heads * site.head_dim))
         return Cost(
-            pairs=round(pairs / site.heads),
-            visited_pairs=round(total / site.heads),
+            pairs=round(total / site.heads),
+            visited_pairs=round(visits / site.heads),
             attention_flops=sum(row.attention_flops for row in rows),
             qkv_flops=2 * tokens * site.dim * 3 * site.width,
             out_flops=2 * tokens * site.inner * site.dim,

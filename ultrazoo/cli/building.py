@@ -50,7 +50,9 @@ def command(
 
 def _show(plan: Plan, json: bool) -> None:
     if json:
-        out.emit(plan.to_json())
+        from .plandata import data
+
+        out.emit(data(plan))
         return
     from .plantext import text
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..errors import OutputError, UsageError
+from ..errors import OutputError, ProblemsError, UsageError
 from . import common, out
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..recipe import Plan
 
 NAME = "plan"
@@ -19,7 +21,9 @@ NAME = "plan"
 def command(
     arguments: list[str] = common.RECIPES,
     json: bool = common.JSON,
-    layers: bool = typer.Option(False, "--layers", help="One row per layer instead of runs of equal layers."),
+    layers: bool = typer.Option(
+        False, "--layers", help="One plan as text: one row per layer instead of runs of equal layers."
+    ),
     coverage: bool = typer.Option(False, "--coverage", help="Also: after how many layers all tokens can have met."),
     plot: Path | None = typer.Option(None, "--plot", help="Draw the plans side by side into this .png or .svg file."),
     force: bool = typer.Option(False, "--force", help="Overwrite the file of --plot."),
@@ -28,11 +32,11 @@ def command(
 
     Several plans always show their coverage, one only with --coverage.
     """
-    from .. import api
-
     recipes, overrides = common.split(arguments, verb="plan", many=True)
     form = picture_form(plot, force)
-    plans = [api.plan(recipe, *overrides) for recipe in recipes]
+    if layers and (len(recipes) > 1 or plot is not None):
+        raise UsageError("--layers is for one plan as text, without --plot: plans side by side have no rows of layers")
+    plans = _plans(recipes, overrides)
     if len(plans) == 1 and plot is None:
         _one(plans[0], json, layers, coverage)
         return
@@ -46,9 +50,35 @@ def command(
     if json:
         out.emit(comparison.rows(compared))
     else:
-        comparison.show(compared)
+        out.echo(comparison.text(compared))
     if plot is not None:
         out.note(str(plot))
+
+
+class _Wrong(ProblemsError):
+    """The problems of several recipes."""
+
+    def __init__(self, errors: Sequence[ProblemsError]):
+        self.errors = errors
+        super().__init__("", [problem for one in errors for problem in one.problems])
+
+    def render(self) -> str:
+        return "\n".join(dict.fromkeys(map(str, self.errors)))
+
+
+def _plans(recipes: Sequence[str], overrides: Sequence[str]) -> list[Plan]:
+    """Plans of all recipes; raises the problems of all that have some."""
+    from .. import api
+
+    plans, errors = [], []
+    for recipe in recipes:
+        try:
+            plans.append(api.plan(recipe, *overrides))
+        except ProblemsError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else _Wrong(errors)
+    return plans
 
 
 def _one(plan: Plan, json: bool, layers: bool, coverage: bool) -> None:
@@ -58,7 +88,9 @@ def _one(plan: Plan, json: bool, layers: bool, coverage: bool) -> None:
 
         found = follow(plan.resolved.sites, plan.resolved.attention, plan.resolved.written)
     if json:
-        out.emit(plan.to_json() | ({} if found is None else {"coverage": found.data()}))
+        from .plandata import data
+
+        out.emit(data(plan, found))
         return
     from .plantext import text
 

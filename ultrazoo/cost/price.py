@@ -69,6 +69,16 @@ class LayerPlan:
     def flops(self) -> int:
         return self.attention_flops + self.projection_flops + self.other_flops
 
+    @property
+    def visited(self) -> int:
+        """Query-key pairs that kernels compute, masked ones included."""
+        return self.pairs if self.visited_pairs is None else self.visited_pairs
+
+    @property
+    def visited_share(self) -> float:
+        """`visited` over full attention's pairs; 0 where nothing says how many those are."""
+        return self.visited / self.full_pairs if self.full_pairs else 0.0
+
     def data(self) -> dict[str, object]:
         """The layer as it stands in plan.json."""
         return {

@@ -72,10 +72,8 @@ class Seconds:
 
 
 def visited_flops(cost: Cost) -> int:
-    """Attention FLOPs that a kernel spends: those of the pairs, or more where whole blocks are visited."""
-    if cost.visited_pairs is None or cost.pairs == 0:
-        return cost.attention_flops
-    return cost.attention_flops * cost.visited_pairs // cost.pairs
+    """Attention FLOPs that kernels spend: those of the pairs, and of what they compute and mask or pad."""
+    return cost.attention_flops * cost.visited // cost.pairs if cost.pairs else cost.attention_flops
 
 
 def work(backbone: BackboneCost, costs: Sequence[Cost], parameters: int, dtype: str) -> Work:

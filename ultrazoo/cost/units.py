@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -69,6 +71,18 @@ def percent(value: float) -> str:
     if scaled == 0 or scaled >= 9.95:
         return f"{scaled:.0f} %"
     return f"{scaled:.2g} %"
+
+
+def interval(bounds: Mapping[str, float]) -> str:
+    """Legal numbers from `ge` or `gt` and `le` or `lt`: ``0 ≤ x < 1``, ``x ≥ 1``; empty where every number is legal."""
+    low = next(((mark, bounds[key]) for key, mark in (("gt", "<"), ("ge", "≤")) if key in bounds), None)
+    high = next(((mark, bounds[key]) for key, mark in (("lt", "<"), ("le", "≤")) if key in bounds), None)
+    right = "" if high is None else f" {high[0]} {high[1]:.10g}"
+    if low is None:
+        return f"x{right}" if right else ""
+    if right:
+        return f"{low[1]:.10g} {low[0]} x{right}"
+    return f"x {'>' if low[0] == '<' else '≥'} {low[1]:.10g}"
 
 
 def layer_list(layers: tuple[int, ...] | list[int]) -> str:

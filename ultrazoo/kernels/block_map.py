@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..ops.blocks import Blocks
 
 KEEP_BYTES = 1 << 26
@@ -39,12 +41,13 @@ class BlockMap:
             yield lo, min(lo + step, self.queries.count)
 
     def rows(self, lo: int, hi: int) -> Tensor:
-        """The map of query blocks lo..hi; without gradients, and the same each time."""
+        """The map of query blocks lo..hi; without gradients, and the same each time. Raises UsageError for what is no map."""
         if (lo, hi) in self._kept:
             return self._kept[(lo, hi)]
         with torch.no_grad():
             found = self.make(lo, hi)
-        assert found.dtype == torch.bool
+        if problem := misfit(found, self.batch, self.heads, hi - lo, self.keys.count):
+            raise UsageError(f"block_map: query blocks {lo} to {hi - 1}: {problem}")
         if self.batch * self.heads * self.queries.count * self.keys.count <= KEEP_BYTES:
             self._kept[(lo, hi)] = found
         return found
@@ -59,6 +62,17 @@ class BlockMap:
             found = ((chosen.double() @ key_sizes) * query_sizes[lo:hi]).sum()
             total += float(found) * batch * heads / (chosen.shape[0] * chosen.shape[1])
         return round(total)
+
+
+def misfit(found: Any, batch: int, heads: int, rows: int, blocks: int) -> str:
+    """What is wrong with some rows of a map of `batch` samples and `heads` heads; empty where nothing is."""
+    shape = tuple(found.shape) if isinstance(found, Tensor) else ()
+    fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (rows, blocks)
+    if fits and found.dtype == torch.bool:
+        return ""
+    allowed = " or ".join(dict.fromkeys(str((b, h, rows, blocks)) for b in (1, batch) for h in (1, heads)))
+    got = f"{str(found.dtype).removeprefix('torch.')} {shape}" if isinstance(found, Tensor) else type(found).__name__
+    return f"a map is bool {allowed}, got {got}"
 
 
 @dataclass

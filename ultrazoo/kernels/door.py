@@ -38,7 +38,9 @@ def measured_key(inputs: Inputs) -> str:
     """What a measured order for these inputs is kept under."""
     device = torch.cuda.get_device_name(inputs.q.device) if inputs.q.device.type == "cuda" else _cpu()
     dtype = str(inputs.q.dtype).removeprefix("torch.")
-    call = "dense" if inputs.block_map is None else "blocks"
+    call = "dense"
+    if inputs.block_map is not None:
+        call = "blocks" if inputs.block_map.queries.largest > 1 else "blocks of single queries"
     return tuned.key(device, torch.__version__, dtype, inputs.q.shape[-1], call)
 
 
@@ -64,9 +66,10 @@ NEEDS = {"block_map": "is for block maps only", "threshold": "needs a threshold"
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call, as kernels see it: q (B, heads, Lq, D), k and v (B, heads, Lk, D or Dv).
+    """One call, as kernels see it: q (B, heads, Lq, D), k and v (B, heads, Lk, D or Dv), masks and weights in four dimensions
+    however few they came with.
 
-    Raises UsageError for tensors that do not fit each other, and for a key_mask that is not bool.
+    Raises UsageError for tensors and blocks that do not fit each other, and for a key_mask that is not bool.
     """
 
     q: Tensor
@@ -84,6 +87,13 @@ class Inputs:
         if not followed():
             for rule in _misfits(self):
                 raise UsageError(f"attention kernels: {rule} ({self})")
+        for name in ("key_mask", "bias", "log_weight"):
+            z = getattr(self, name)
+            if z is not None and z.dim() < 4:
+                object.__setattr__(self, name, z := z[(None,) * (4 - z.dim())])
+            # lists of blocks pick keys out; in graphs there are none
+            if z is not None and not followed() and z.shape[-1] != self.k.shape[2]:
+                object.__setattr__(self, name, z.expand(*z.shape[:3], self.k.shape[2]))
 
     @property
     def passes(self) -> frozenset[str]:
@@ -140,6 +150,10 @@ def _misfits(inputs: Inputs) -> Iterator[str]:
             yield f"key_mask is bool, True where a key takes part, it is {z.dtype}; numbers that are added are a bias"
         if z.device != q.device:
             yield f"{name} is on {z.device}, q on {q.device}"
+    if inputs.block_map is not None:
+        for which, blocks, z in (("q", inputs.block_map.queries, q), ("k", inputs.block_map.keys, k)):
+            if blocks.tokens != z.shape[2]:
+                yield f"blocks of {which} hold its {z.shape[2]} tokens, those of block_map hold {blocks.tokens}"
     if not q.device == k.device == v.device:
         yield f"q, k and v are on one device, they are on {q.device}, {k.device}, {v.device}"
 
@@ -278,7 +292,7 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(QKᵀ·scale)V on q (B, heads, Lq, D), k (B, heads, Lk, D), v (B, heads, Lk, Dv) → (B, heads, Lq, Dv).
 
-    key_mask (B, 1, 1, Lk) bool: True where a key takes part (nearly free). bias broadcastable to (B, heads, Lq, Lk),
+    key_mask (B, 1 | heads, 1, Lk) bool: True where a key takes part (nearly free). bias broadcastable to (B, heads, Lq, Lk),
     added to the scores (costs the fused path). log_weight (B, 1 | heads, 1, Lk): added to every score of a key.
     block_map: key blocks that each query block visits. scale: None means D**-0.5. return_lse: also the log-sum-exp of
     the scores (B, heads, Lq), differentiable. threshold: for lossy kernels that skip by it. kernel: a registered name, or

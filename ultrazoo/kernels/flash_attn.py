@@ -143,7 +143,7 @@ class FlashAttn4Spec(_Flash):
         found = super().never(passes, queries, keys)
         for which, blocks in (("query", queries), ("key", keys)):
             if blocks is not None and (not blocks.uniform or blocks.largest != TILE):
-                found.append(f"takes {which} blocks of {TILE} tokens alone, these are of up to {blocks.largest}")
+                found.append(f"takes {which} blocks of {TILE} tokens alone, {_sizes(blocks)}")
         return found
 
     @classmethod
@@ -161,6 +161,14 @@ class FlashAttn4Spec(_Flash):
         if inputs.block_map is not None:
             options["block_sparse_tensors"] = _block_lists(inputs.block_map)
         return package.flash_attn_func(q, k, v, **options)
+
+
+def _sizes(blocks: Blocks) -> str:
+    """Why blocks are not all of `TILE` tokens."""
+    if blocks.short_end and blocks.largest == TILE:
+        return f"the last of these is of {blocks.sizes[-1]}: {TILE} does not divide {blocks.tokens}"
+    least = "" if blocks.uniform else f"{blocks.sizes.min()} to "
+    return f"these are of {least}{blocks.largest}"
 
 
 def _block_lists(block_map: BlockMap) -> Any:

@@ -22,6 +22,10 @@ from .door import Inputs, KernelSpec
 LIST_ENTRIES = 1 << 25
 """Most entries of the table of lists (batch, heads, query blocks, key blocks) handed to the kernel at a time."""
 
+COMPILED = 256
+"""Most kinds and shapes of calls compiled in one process: past its own limit of eight, torch would run flex_attention as it is
+written, which looks at no list."""
+
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
@@ -129,12 +133,12 @@ def _row_ranges(block_map: BlockMap) -> list[tuple[int, int]]:
 
 
 def _validity(inputs: Inputs) -> Tensor | None:
-    """(B | 1, key blocks, largest) bool of padded key slots, None where all are real."""
+    """(B | 1, heads | 1, key blocks, largest) bool of padded key slots, None where all are real."""
     blocks = inputs.block_map.keys
     slots = block_valid(blocks, inputs.k.device)
     if inputs.key_mask is None:
-        return None if slots is None else slots[None]
-    mask = padded(inputs.key_mask[:, :, 0], blocks)[:, 0]
+        return None if slots is None else slots[None, None]
+    mask = padded(inputs.key_mask[:, :, 0], blocks)
     return mask if slots is None else mask & slots
 
 
@@ -153,17 +157,17 @@ def _block_mask(block_map: BlockMap, lo: int, hi: int, valid: Tensor | None, lea
     if valid is None:
         partial, full = torch.zeros_like(chosen), chosen
     else:
-        whole = valid.all(-1)[:, None, None]
+        whole = valid.all(-1)[:, :, None]
         partial, full = chosen & ~whole, chosen & whole
         partial, full = torch.broadcast_tensors(partial, full)
     size = (block_map.queries.largest, block_map.keys.largest)
     mask_mod = None
     if valid is not None:
-        flat = valid.flatten(1)
-        batched = flat.shape[0] > 1
+        flat = valid.flatten(2)
+        batched, per_head = flat.shape[0] > 1, flat.shape[1] > 1
 
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001 - flex_attention's signature
-            return flat[b if batched else 0, j]
+            return flat[b if batched else 0, h if per_head else 0, j]
 
     return BlockMask.from_kv_blocks(
         *lists(partial),
@@ -184,6 +188,7 @@ def lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def _call(
     backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, weight: Tensor | None, inputs: Inputs
 ) -> tuple[Tensor, Tensor | None]:
+    import torch._dynamo as dynamo
     from torch.nn.attention.flex_attention import AuxRequest
 
     score_mod = None
@@ -200,10 +205,11 @@ def _call(
     elif q.device.type == "cuda":
         options = {"BLOCK_M": _power(mask.BLOCK_SIZE[0]), "BLOCK_N": min(64, _power(mask.BLOCK_SIZE[1]))}
     given: dict[str, Any] = {"score_mod": score_mod, "block_mask": mask, "scale": inputs.scale}
-    if not inputs.return_lse:
-        return _compiled()(q, k, v, kernel_options=options or None, **given), None
-    out, aux = _compiled()(q, k, v, kernel_options=options or None, return_aux=AuxRequest(lse=True), **given)
-    return out, aux.lse
+    if inputs.return_lse:
+        given["return_aux"] = AuxRequest(lse=True)
+    with dynamo.config.patch(recompile_limit=COMPILED, fail_on_recompile_limit_hit=True):
+        found = _compiled()(q, k, v, kernel_options=options or None, **given)
+    return (found[0], found[1].lse) if inputs.return_lse else (found, None)
 
 
 def _power(size: int) -> int:

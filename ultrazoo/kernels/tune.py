@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import registry, tuned
 from ..errors import KernelError
-from ..ops.blocks import even_blocks
+from ..ops.blocks import Blocks, even_blocks
 from .block_map import BlockMap
 from .door import ELSEWHERE, PREFERENCE, Inputs, measured_key
 
@@ -53,16 +53,22 @@ def _calls(device: torch.device) -> Iterator[Inputs]:
     tokens, heads = SIZES[device.type]
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16, torch.float16)
     generator = torch.Generator().manual_seed(0)
-    blocks = even_blocks(tokens, BLOCK)
-    chosen = torch.rand(1, heads, blocks.count, blocks.count, generator=generator) < SHARE
-    chosen |= torch.eye(blocks.count, dtype=torch.bool)
-    chosen = chosen.to(device)
-    block_map = BlockMap(blocks, blocks, lambda lo, hi: chosen[:, :, lo:hi], 1, heads, device)
+    blocks, single = even_blocks(tokens, BLOCK), even_blocks(tokens, 1)
+    maps = [_map(queries, blocks, heads, device, generator) for queries in (blocks, single)]
     for dtype in dtypes:
         for size in (64, 128):
             q, k, v = (torch.randn(1, heads, tokens, size, generator=generator).to(device, dtype) for _ in range(3))
             yield Inputs(q, k, v)
-            yield Inputs(q, k, v, block_map=block_map)
+            yield from (Inputs(q, k, v, block_map=one) for one in maps)
+
+
+def _map(queries: Blocks, keys: Blocks, heads: int, device: torch.device, generator: torch.Generator) -> BlockMap:
+    """A share of the key blocks for every query block, its own among them."""
+    chosen = torch.rand(1, heads, queries.count, keys.count, generator=generator) < SHARE
+    own = torch.tensor(queries.starts[:-1]) // BLOCK
+    chosen |= own[:, None] == torch.arange(keys.count)
+    chosen = chosen.to(device)
+    return BlockMap(queries, keys, lambda lo, hi: chosen[:, :, lo:hi], 1, heads, device)
 
 
 def _compare(inputs: Inputs, report: Callable[[str], None]) -> list[Measured]:

@@ -68,7 +68,7 @@ class BudgetSpec(SelectorSpec):
 
     def problems(self, site: Site) -> list[Problem]:
         found = [problem.under("of") for problem in self.of.problems(site)]
-        if self.heads is None and self.steps is None:
+        if self.heads is None and not self.steps:
             found.append(Problem("heads", "neither heads nor steps is given", "give one of them"))
         if self.heads is not None and len(self.heads) != site.heads:
             rule = f"{len(self.heads)} shares for {site.heads} heads"
@@ -109,14 +109,23 @@ class BudgetSpec(SelectorSpec):
         return list(self.heads) if self.heads is not None else [None]
 
     def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
-        """Of a sparse step; a dense one is the most."""
+        """Over all steps, the mean of them expected; of a step that is not listed where their number is not known. A call that
+        does not say its step is the most."""
+        everything = place.queries.tokens * place.keys.starts[place.selectable]
         rows = [self.of.bounds(place, site, share) for share in self._shares(site)]
-        least, expected, most = (round(float(np.mean(column))) for column in zip(*rows, strict=True))
-        if self.steps is not None:
-            most = place.queries.tokens * place.keys.starts[place.selectable]
-            for share in self.steps.values():
-                least = min(least, self.of.bounds(place, site, share).least)
-        return Bounds(least, expected, most)
+        found = Bounds(*(round(float(np.mean(column))) for column in zip(*rows, strict=True)))
+        if self.steps is None:
+            return found
+        count = site.steps or 0
+        # how many steps have each share
+        listed = {key: sum(len(span) for span in ranges_of(key)) for key in self.steps}
+        steps = [(max(0, count - sum(listed.values())) if count else 1, found)]
+        for key, share in self.steps.items():
+            of_share = Bounds(*[everything] * 3) if share == 1 else self.of.bounds(place, site, share)
+            steps.append((listed[key] if count else 0, of_share))
+        expected = sum(number * one.expected for number, one in steps) / sum(number for number, _ in steps)
+        least = min(one.least for number, one in steps if number or not count)
+        return Bounds(least, round(expected), everything)
 
     def flops(self, place: Place, site: Site) -> int:
         return self.of.flops(place, site)
@@ -131,7 +140,8 @@ class BudgetSpec(SelectorSpec):
         return tuple(f"of.{name}" for name in self.of.frozen())
 
     def keeps_all(self) -> bool:
-        return self.heads is not None and all(share == 1 for share in self.heads)
+        shares = (*(self.heads or ()), *(self.steps or {}).values())
+        return self.heads is not None and all(share == 1 for share in shares)
 
     def build(self, site: Site) -> nn.Module:
         return _Budget(self, self.of.build(site))

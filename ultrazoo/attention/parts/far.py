@@ -44,6 +44,11 @@ class FarSpec(Spec):
     def learned(self) -> bool:
         return False
 
+    @property
+    def may_skip(self) -> bool:
+        """Can the data keep from a query some of the keys that this reads?"""
+        return False
+
     def pairs(self, place: Place) -> int:
         """Pairs per head that go through the kernel door beside the selected ones."""
         return 0

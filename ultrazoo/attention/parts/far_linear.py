@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import Problem
 from ...kernels.block_map import BlockMap
 from ...ops.blocks import Blocks, padded, unpadded
 from ...ops.init import Constant, marked
 from ...spec import Site, option
 from .far import FarSpec
 from .orders import Place
-from .rules import kept, largest
+from .rules import kept, largest, per_sample, real_blocks
 from .scene import Scene
 from .soft import SoftMap
 from .states import head_steps, in_blocks, state_steps
@@ -53,6 +54,8 @@ def softmax(z: Tensor) -> Tensor:
     return z.softmax(-1)
 
 
+ALPHA = 0.9
+"""The softmax's weight at the start where nobody gives one."""
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax, "elu": elu, "relu": relu}
 
 
@@ -72,7 +75,7 @@ class LinearFarSpec(FarSpec):
         "softmax", "positive features: over a head's channels, elu + 1, relu"
     )
     join: Literal["proj", "alpha"] = option("proj", "a learned map that starts at zero, or a convex weight per head")
-    alpha: float = option(0.9, "where join is alpha: the softmax's weight at the start", gt=0, lt=1)
+    alpha: float = option(ALPHA, "where join is alpha: the softmax's weight at the start", gt=0, lt=1)
     centre: bool = option(False, "subtract the mean of all selectable keys before phi")
     skip: float = option(0.0, "complement: share of key blocks of the lowest scores that are left out", ge=0, lt=1)
     eps: float = option(1e-5, "added to the denominator", ge=0)
@@ -80,6 +83,19 @@ class LinearFarSpec(FarSpec):
     @property
     def learned(self) -> bool:
         return True
+
+    @property
+    def may_skip(self) -> bool:
+        """Left out, or without a channel of positive features in common."""
+        return self.skip > 0 or self.phi == "relu"
+
+    def problems(self, site: Site) -> list[Problem]:
+        found = super().problems(site)
+        if self.skip and self.keys == "all":
+            found.append(Problem("skip", "keys: all sums every key", "use keys: complement, or leave skip out"))
+        if self.join == "proj" and self.alpha != ALPHA:
+            found.append(Problem("alpha", "join: proj has no weight", "use join: alpha, or leave alpha out"))
+        return found
 
     def flops(self, place: Place, site: Site) -> int:
         core = 2 * site.head_dim * site.inner
@@ -241,7 +257,8 @@ class _Linear(nn.Module):
         assert scene.scored_by is not None
         with torch.no_grad():
             scores = scene.scored_by(scene, lo, hi)
-        return largest(scores, most - kept(self.spec.skip, most, least=0, down=True)) & ~chosen
+        left = [[blocks - kept(self.spec.skip, blocks, least=0, down=True)] for blocks, _ in real_blocks(scene)]
+        return largest(scores, left[0][0] if len(left) == 1 else per_sample(left, scores)) & ~chosen
 
     def _read(self, q: Tensor, blocks: Blocks, state: Tensor, weight: Tensor) -> Tensor:
         """Queries (B, heads, n, D) of `blocks` read a state (…, D, Dv) and a sum of features (…, D, 1), which are one for all

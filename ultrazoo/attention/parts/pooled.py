@@ -12,7 +12,7 @@ from ...errors import Problem
 from ...ops.init import Identity, marked
 from ...spec import Site, option
 from .orders import Place
-from .rules import RULES, RuleSpec, TopKSpec
+from .rules import RULES, RuleSpec, TopKSpec, real_blocks
 from .scene import Rows, Scene, in_steps
 from .selectors import Bounds, SelectorSpec
 from .soft import SoftMap, soft_map
@@ -138,7 +138,7 @@ class _Pooled(nn.Module):
         rule = self.spec.rule
         assert isinstance(rule, TopKSpec)
         assert rule.soft is not None
-        wanted = rule.weight(scene.place.selectable, scene.place.extra_selectable)
+        wanted = [rule.weight(blocks, extra) for blocks, extra in real_blocks(scene)]
         return soft_map(scene, lambda lo, hi: self.scores(scene, lo, hi), wanted, rule.soft)
 
     def forward(self, scene: Scene) -> Rows:

@@ -58,18 +58,34 @@ def rounded(count: int, blocks: int, multiple: int = 1, least: int = 1) -> int:
     return min(blocks, max(-(-count // multiple) * multiple, least))
 
 
+def real_blocks(scene: Scene) -> list[tuple[int, int]]:
+    """Selectable blocks with a valid key, and how many of those are of extra tokens: one entry for all samples, or one each
+    where tokens are padding, which must not change what other tokens of a batch are given."""
+    place = scene.place
+    if scene.key_valid is None:
+        return [(place.selectable, place.extra_selectable)]
+    some = scene.counts[:, 0, : place.selectable, 0] > 0
+    of_grid = place.selectable - place.extra_selectable
+    return [(int(row.sum()), int(row[of_grid:].sum())) for row in some.cpu()]
+
+
+def per_sample(table: list[list[int]], like: Tensor) -> Tensor:
+    """Numbers of every sample (or of all) and head (or of all), to be met with (B, heads, rows, blocks)."""
+    return torch.tensor(table, device=like.device)[:, :, None, None]
+
+
 def largest(scores: Tensor, count: int | Tensor) -> Tensor:
-    """Bool: the `count` largest of the last dimension (one number, or one per head); ties by the lower index."""
+    """Bool: the `count` largest of the last dimension, one number or (B | 1, heads | 1, 1, 1); ties by the lower index."""
     blocks = scores.shape[-1]
     if isinstance(count, int):
-        if count >= blocks:
-            return torch.ones_like(scores, dtype=torch.bool)
+        if count == 0 or count >= blocks:
+            return torch.full_like(scores, count > 0, dtype=torch.bool)
         last = scores.topk(count, dim=-1).values[..., -1:]
         wanted: Any = count
     else:
-        wanted = count.to(scores.device).view(1, -1, 1, 1)
+        wanted = count
         ordered = scores.sort(dim=-1, descending=True).values
-        at = (wanted - 1).expand(*scores.shape[:-1], 1)
+        at = (wanted - 1).clamp(min=0).expand(*scores.shape[:-1], 1)
         last = ordered.gather(-1, at)
     above = scores > last
     ties = scores == last
@@ -123,8 +139,9 @@ class TopKSpec(RuleSpec):
     def place_problems(self, blocks: int, extra: int = 0) -> list[Problem]:
         """What is wrong with so many blocks, of which `extra` are of extra tokens."""
         among = blocks - extra if self.competing == "added" else blocks
-        if self.count is not None and self.count > among:
-            return [Problem("count", f"{self.count} of {among} key blocks", f"at most {among}")]
+        for name, number in (("count", self.count or 0), ("least", self.least)):
+            if number > among:
+                return [Problem(name, f"{number} of {among} key blocks", f"at most {among}")]
         if (
             self.short == "refuse"
             and self.multiple >= among
@@ -145,11 +162,9 @@ class TopKSpec(RuleSpec):
         return number, number, number
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
-        blocks = scores.shape[-1]
-        extra = scene.place.extra_selectable if self.competing == "added" else 0
-        if isinstance(scene.keep, tuple):
-            return largest(scores, torch.tensor([self.number(blocks, keep, extra) for keep in scene.keep]))
-        return largest(scores, self.number(blocks, scene.keep, extra))
+        keeps = scene.keep if isinstance(scene.keep, tuple) else (scene.keep,)
+        numbers = [[self.number(blocks, keep, extra) for keep in keeps] for blocks, extra in real_blocks(scene)]
+        return largest(scores, numbers[0][0] if len(numbers) == len(keeps) == 1 else per_sample(numbers, scores))
 
     def keeps_all(self) -> bool:
         return self.count is None and self.share == 1
@@ -191,7 +206,10 @@ class TopPSpec(RuleSpec):
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
         found = _smallest_mass(scores, self.p)
-        return found | largest(scores, kept(self.floor, scores.shape[-1])) if self.floor else found
+        if not self.floor:
+            return found
+        floors = [[kept(self.floor, blocks)] for blocks, _ in real_blocks(scene)]
+        return found | largest(scores, floors[0][0] if len(floors) == 1 else per_sample(floors, scores))
 
     def keeps_all(self) -> bool:
         return self.p == 1 or self.floor == 1

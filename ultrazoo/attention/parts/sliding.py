@@ -39,7 +39,8 @@ class SlidingSpec(SelectorSpec):
         for axis, size, count in zip(AXES, self.window, place.tiles, strict=True):
             if size % 2 == 0 and size < count:
                 rule = f"a window of {size} tiles along {axis} has no middle"
-                found.append(Problem("window", rule, f"use {size - 1}, {size + 1}, or {count} for the whole axis"))
+                odd = f"{size - 1}, {size + 1}," if size + 1 < count else f"{size - 1}"
+                found.append(Problem("window", rule, f"use {odd} or {count} for the whole axis"))
         return found
 
     def map(self, place: Place, site: Site, lo: int, hi: int) -> np.ndarray:

@@ -7,7 +7,7 @@ weights of 0 and 1 that is the hard choice. Every pair is computed: this is for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,8 @@ CERTAIN = 1e4
 HALVINGS = 60
 
 
-def soft_topk(p: Tensor, valid: Tensor, wanted: float, tau: float) -> Tensor:
-    """Logits of weights whose rows add up to `wanted` over valid blocks; `CERTAIN` where no more are valid.
+def soft_topk(p: Tensor, valid: Tensor, wanted: float | Tensor, tau: float) -> Tensor:
+    """Logits of weights whose rows add up to `wanted` (one number, or one per sample) over valid blocks; `CERTAIN` where no more are valid.
 
     p (B, heads, rows, blocks) in [0, 1]; valid bool, broadcastable to it.
     """
@@ -70,14 +70,15 @@ class SoftMap:
         return (-self.logits(lo, hi)).sigmoid()
 
 
-def soft_map(scene: Scene, scores: Callable[[int, int], Tensor], wanted: float, tau: float) -> SoftMap:
-    """The soft choice by scores (B, heads, rows, blocks) of query blocks lo..hi, minus infinity where no key is valid."""
+def soft_map(scene: Scene, scores: Callable[[int, int], Tensor], wanted: Sequence[float], tau: float) -> SoftMap:
+    """The soft choice by scores (B, heads, rows, blocks) of query blocks lo..hi, minus infinity where no key is valid; `wanted`:
+    one number for all samples, or one each."""
 
     def logits(lo: int, hi: int) -> Tensor:
         found = scores(lo, hi)
         valid = found > float("-inf")
         p = found.masked_fill(~valid, torch.finfo(found.dtype).min).softmax(-1)
-        return soft_topk(p, valid, wanted, tau)
+        return soft_topk(p, valid, p.new_tensor(wanted)[:, None, None, None], tau)
 
     # statistics are made once, outside of what is computed again in the backward
     assert scene.q_means.ndim == scene.k_means.ndim == scene.counts.ndim
