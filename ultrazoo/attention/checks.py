@@ -1,7 +1,8 @@
 """What a call must look like: shapes, dtypes and devices of everything that goes into an attention, told before it runs; and
 what a selector must say.
 
-Nothing here computes more than one row of a map. Sizes may be symbolic while a compiler or an exporter follows the code: then nothing is checked.
+Nothing here computes more than one row of a map. Sizes may be symbolic while a compiler or an exporter follows the code: then
+nothing is checked.
 """
 
 from __future__ import annotations

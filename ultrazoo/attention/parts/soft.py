@@ -26,7 +26,8 @@ HALVINGS = 60
 
 
 def soft_topk(p: Tensor, valid: Tensor, wanted: float | Tensor, tau: float) -> Tensor:
-    """Logits of weights whose rows add up to `wanted` (one number, or one per sample) over valid blocks; `CERTAIN` where no more are valid.
+    """Logits of weights whose rows add up to `wanted` (one number, or one per sample) over valid blocks; `CERTAIN` where no more
+    are valid.
 
     p (B, heads, rows, blocks) in [0, 1]; valid bool, broadcastable to it.
     """
