@@ -23,7 +23,7 @@ from ..kernels import attend
 from ..kernels.block_map import BlockMap, misfit
 from ..ops.graphs import outside_graphs
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
-from .checks import same_dtype, selector_problems
+from .checks import same_dtype
 from .contract import Attention, Call, Host, grid_positions
 from .full import kernel_problems
 from .grouped import attend_extra
@@ -33,7 +33,16 @@ from .parts.orders import ORDERS, ColumnsSpec, OrderSpec, Place, RasterSpec, Til
 from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec, TopPSpec
 from .parts.scene import Scene
-from .parts.selectors import AllSpec, BandSpec, Bounds, SelectorSpec, SinkSpec, UnionSpec, chunks_of
+from .parts.selectors import (
+    AllSpec,
+    BandSpec,
+    Bounds,
+    SelectorSpec,
+    SinkSpec,
+    UnionSpec,
+    chunks_of,
+    selector_problems,
+)
 from .parts.soft import SoftMap, soft_near
 
 

@@ -1,26 +1,21 @@
-"""What a call must look like: shapes, dtypes and devices of everything that goes into an attention, told before it runs; and
-what a selector must say.
+"""What a call must look like: shapes, dtypes and devices of everything that goes into an attention, told before it runs.
 
-Nothing here computes more than one row of a map. Sizes may be symbolic while a compiler or an exporter follows the code: then
-nothing is checked.
+Nothing here computes. Sizes may be symbolic while a compiler or an exporter follows the code: then nothing is checked.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import Problem, UsageError
+from ..errors import UsageError
 from ..ops.graphs import followed
 
 if TYPE_CHECKING:
     from ..spec import Site, Traits
     from .contract import Call, Extra
-    from .parts.orders import Place
-    from .parts.selectors import SelectorSpec
 
 
 def shown(z: Any) -> str:
@@ -138,43 +133,6 @@ def check_wanted(name: str, traits: Traits, call: Call) -> None:
         raise UsageError(f"attention {name!r} takes no padded grid tokens (key_valid){why}")
     if call.extra is not None and not traits.extra:
         raise UsageError(f"attention {name!r} takes no extra tokens{why}")
-
-
-def selector_problems(selector: SelectorSpec, place: Place, site: Site) -> list[Problem]:
-    """What a selector, or one inside it, leaves unsaid that a plan or a call asks for, and a map of the wrong kind: one row is
-    made for it."""
-    from .parts.selectors import SelectorSpec
-
-    inner = getattr(selector, "of", ())
-    parts = {"of": inner} if isinstance(inner, SelectorSpec) else {}
-    if isinstance(inner, tuple):
-        parts = {f"of.{i}": one for i, one in enumerate(inner) if isinstance(one, SelectorSpec)}
-    found = [problem.under(path) for path, one in parts.items() for problem in selector_problems(one, place, site)]
-    own, allowed = type(selector), f"bool (1, rows, {place.selectable}) or ({site.heads}, rows, {place.selectable})"
-    if found:
-        return found
-    if not selector.is_static:
-        if own.bounds is SelectorSpec.bounds:
-            rule = f"{selector.name!r} is not static and does not say how much it keeps"
-            found.append(
-                Problem("", rule, "give it bounds(place, site, keep): fewest, expected and most pairs per head")
-            )
-        if own.build is SelectorSpec.build:
-            rule = f"{selector.name!r} is neither static nor has it a module that looks at the data"
-            found.append(Problem("", rule, "give it build(site), or a map and static = True"))
-        return found
-    if own.map is SelectorSpec.map:
-        rule = f"{selector.name!r} is static and has no map"
-        return [Problem("", rule, f"give it map(place, site, lo, hi): {allowed}")]
-    row = selector.map(place, site, 0, 1)
-    if not isinstance(row, np.ndarray):
-        return [
-            Problem("", f"{selector.name!r} has a map of type {type(row).__name__}", f"a map is numpy's, {allowed}")
-        ]
-    if row.dtype != bool or row.shape not in ((1, 1, place.selectable), (site.heads, 1, place.selectable)):
-        rule = f"{selector.name!r} maps one query block to {row.dtype} {row.shape}"
-        return [Problem("", rule, f"a map is {allowed}")]
-    return []
 
 
 def same_dtype(extra: Extra, k: Tensor) -> None:

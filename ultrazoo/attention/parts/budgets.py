@@ -113,19 +113,19 @@ class BudgetSpec(SelectorSpec):
         does not say its step is the most."""
         everything = place.queries.tokens * place.keys.starts[place.selectable]
         rows = [self.of.bounds(place, site, share) for share in self._shares(site)]
-        found = Bounds(*(round(float(np.mean(column))) for column in zip(*rows, strict=True)))
+        own = Bounds(*(round(float(np.mean(column))) for column in zip(*rows, strict=True)))
         if self.steps is None:
-            return found
-        count = site.steps or 0
-        # how many steps have each share
-        listed = {key: sum(len(span) for span in ranges_of(key)) for key in self.steps}
-        steps = [(max(0, count - sum(listed.values())) if count else 1, found)]
-        for key, share in self.steps.items():
-            of_share = Bounds(*[everything] * 3) if share == 1 else self.of.bounds(place, site, share)
-            steps.append((listed[key] if count else 0, of_share))
-        expected = sum(number * one.expected for number, one in steps) / sum(number for number, _ in steps)
-        least = min(one.least for number, one in steps if number or not count)
-        return Bounds(least, round(expected), everything)
+            return own
+        known: dict[float | None, Bounds] = {None: own, 1.0: Bounds(*[everything] * 3)}
+        for share in self.steps.values():
+            known.setdefault(share, self.of.bounds(place, site, share))
+        steps = None if site.steps is None else [known[self.share_at(step)] for step in range(site.steps)]
+        expected = own.expected if steps is None else round(sum(one.expected for one in steps) / len(steps))
+        return Bounds(min(one.least for one in steps or known.values()), expected, everything)
+
+    def share_at(self, step: int) -> float | None:
+        """The share that is listed for a step; None where none is."""
+        return next((share for key, share in (self.steps or {}).items() if in_ranges(key, step)), None)
 
     def flops(self, place: Place, site: Site) -> int:
         return self.of.flops(place, site)
@@ -157,9 +157,8 @@ class _Budget(nn.Module):
         if self.spec.steps is not None:
             if scene.step is None:
                 return dense_rows(scene)
-            for key, share in self.spec.steps.items():
-                if in_ranges(key, scene.step[0]):
-                    keep = share
+            listed = self.spec.share_at(scene.step[0])
+            keep = keep if listed is None else listed
             if keep == 1.0:
                 return dense_rows(scene)
         found: Rows = self.of(scene.with_keep(keep))

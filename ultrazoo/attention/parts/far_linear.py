@@ -258,7 +258,7 @@ class _Linear(nn.Module):
         with torch.no_grad():
             scores = scene.scored_by(scene, lo, hi)
         left = [[blocks - kept(self.spec.skip, blocks, least=0, down=True)] for blocks, _ in real_blocks(scene)]
-        return largest(scores, left[0][0] if len(left) == 1 else per_sample(left, scores)) & ~chosen
+        return largest(scores, per_sample(left, scores)) & ~chosen
 
     def _read(self, q: Tensor, blocks: Blocks, state: Tensor, weight: Tensor) -> Tensor:
         """Queries (B, heads, n, D) of `blocks` read a state (…, D, Dv) and a sum of features (…, D, 1), which are one for all

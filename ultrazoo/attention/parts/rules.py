@@ -69,8 +69,10 @@ def real_blocks(scene: Scene) -> list[tuple[int, int]]:
     return [(int(row.sum()), int(row[of_grid:].sum())) for row in some.cpu()]
 
 
-def per_sample(table: list[list[int]], like: Tensor) -> Tensor:
-    """Numbers of every sample (or of all) and head (or of all), to be met with (B, heads, rows, blocks)."""
+def per_sample(table: list[list[int]], like: Tensor) -> int | Tensor:
+    """Numbers of every sample (or of all) and head (or of all) as `largest` takes them."""
+    if len(table) == len(table[0]) == 1:
+        return table[0][0]
     return torch.tensor(table, device=like.device)[:, :, None, None]
 
 
@@ -164,7 +166,7 @@ class TopKSpec(RuleSpec):
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
         keeps = scene.keep if isinstance(scene.keep, tuple) else (scene.keep,)
         numbers = [[self.number(blocks, keep, extra) for keep in keeps] for blocks, extra in real_blocks(scene)]
-        return largest(scores, numbers[0][0] if len(numbers) == len(keeps) == 1 else per_sample(numbers, scores))
+        return largest(scores, per_sample(numbers, scores))
 
     def keeps_all(self) -> bool:
         return self.count is None and self.share == 1
@@ -209,7 +211,7 @@ class TopPSpec(RuleSpec):
         if not self.floor:
             return found
         floors = [[kept(self.floor, blocks)] for blocks, _ in real_blocks(scene)]
-        return found | largest(scores, floors[0][0] if len(floors) == 1 else per_sample(floors, scores))
+        return found | largest(scores, per_sample(floors, scores))
 
     def keeps_all(self) -> bool:
         return self.p == 1 or self.floor == 1

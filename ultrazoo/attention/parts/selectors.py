@@ -91,6 +91,41 @@ class SelectorSpec(Spec):
         return _Static(self, site)
 
 
+def selector_problems(selector: SelectorSpec, place: Place, site: Site) -> list[Problem]:
+    """What a selector, or one inside it, leaves unsaid that a plan or a call asks for, and a map of the wrong kind: one row is
+    made for it."""
+    inner = getattr(selector, "of", ())
+    parts = {"of": inner} if isinstance(inner, SelectorSpec) else {}
+    if isinstance(inner, tuple):
+        parts = {f"of.{i}": one for i, one in enumerate(inner) if isinstance(one, SelectorSpec)}
+    found = [problem.under(path) for path, one in parts.items() for problem in selector_problems(one, place, site)]
+    own, allowed = type(selector), f"bool (1, rows, {place.selectable}) or ({site.heads}, rows, {place.selectable})"
+    if found:
+        return found
+    if not selector.is_static:
+        if own.bounds is SelectorSpec.bounds:
+            rule = f"{selector.name!r} is not static and does not say how much it keeps"
+            found.append(
+                Problem("", rule, "give it bounds(place, site, keep): fewest, expected and most pairs per head")
+            )
+        if own.build is SelectorSpec.build:
+            rule = f"{selector.name!r} is neither static nor has it a module that looks at the data"
+            found.append(Problem("", rule, "give it build(site), or a map and static = True"))
+        return found
+    if own.map is SelectorSpec.map:
+        rule = f"{selector.name!r} is static and has no map"
+        return [Problem("", rule, f"give it map(place, site, lo, hi): {allowed}")]
+    row = selector.map(place, site, 0, 1)
+    if not isinstance(row, np.ndarray):
+        return [
+            Problem("", f"{selector.name!r} has a map of type {type(row).__name__}", f"a map is numpy's, {allowed}")
+        ]
+    if row.dtype != bool or row.shape not in ((1, 1, place.selectable), (site.heads, 1, place.selectable)):
+        rule = f"{selector.name!r} maps one query block to {row.dtype} {row.shape}"
+        return [Problem("", rule, f"a map is {allowed}")]
+    return []
+
+
 def chunks_of(place: Place, heads: int) -> list[tuple[int, int]]:
     """Ranges of query blocks whose map is of bounded size."""
     step = max(1, CHUNK // max(1, heads * place.selectable))
