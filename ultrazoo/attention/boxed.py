@@ -185,9 +185,7 @@ def _limit(q: Tensor) -> int:
 
 def _gathered(scratch: Scratch, name: str, rows: Tensor, index: Tensor) -> Tensor:
     """rows (all, heads, D) by index (tiles, L) → (tiles, heads, L, D)."""
-    out = scratch(name, (index.numel(), *rows.shape[1:]), rows)
-    torch.index_select(rows, 0, index.flatten(), out=out)
-    return out.unflatten(0, index.shape).transpose(1, 2)
+    return scratch.rows(name, rows, index).transpose(1, 2)
 
 
 def _filled(q: Tensor, k: Tensor, v: Tensor, job: Job) -> Tensor:

@@ -183,8 +183,8 @@ class _ByKey(torch.autograd.Function):
             answers = scratch("answers", (piece.slots, v.shape[-1]), queries, wide)
             norms = queries.new_empty(piece.slots, dtype=wide)
             for group in piece.groups:
-                mine = _taken(queries, group.queries, scratch, "mine")
-                theirs = [_taken(z, group.keys, scratch, name) for name, z in (("keys", keys), ("values", values))]
+                mine = scratch.rows("mine", queries, group.queries)
+                theirs = [scratch.rows(name, z, group.keys) for name, z in (("keys", keys), ("values", values))]
                 into = answers[group.slots].unflatten(0, group.queries.shape)
                 norm = dense(mine, *theirs, added.of(group), scale, into, scratch, lse=True)
                 assert norm is not None
@@ -233,12 +233,6 @@ class _ByKey(torch.autograd.Function):
             d_q[piece.rows] = piece.summed(parts, None)
         d_q = d_q.view(q.shape).to(q.dtype)
         return d_q, d_k.view(k.shape).to(k.dtype), d_v.view(v.shape).to(v.dtype), None, None, None
-
-
-def _taken(z: Tensor, rows: Tensor, scratch: Scratch, name: str) -> Tensor:
-    """Rows (g, n) of z (all, D): (g, n, D)."""
-    into = scratch(name, (rows.numel(), z.shape[-1]), z)
-    return torch.index_select(z, 0, rows.flatten(), out=into).unflatten(0, rows.shape)
 
 
 class _KeyBias:

@@ -226,7 +226,7 @@ class _Gathered(torch.autograd.Function):
             if group.run is not None:
                 queries, found = flat_q[group.run], flat_out[group.run]
             else:
-                queries = torch.index_select(flat_q, 0, group.row, out=scratch("q", (len(group.row), *q.shape[3:]), q))
+                queries = scratch.rows("q", flat_q, group.row)
                 found = scratch("found", (*queries.shape[:2], v.shape[-1]), q)
             at, norms, lo = flat.rows(group), [], 0
             while lo < len(queries):

@@ -22,3 +22,8 @@ class Scratch:
         if kept is None or kept.numel() < count or kept.dtype != dtype:
             kept = self._kept[name] = torch.empty(count, dtype=dtype, device=like.device)
         return kept[:count].view(*shape)
+
+    def rows(self, name: str, z: Tensor, at: Tensor) -> Tensor:
+        """Rows of `z` (all, …) by an index of any shape: (*at.shape, …)."""
+        into = self(name, (at.numel(), *z.shape[1:]), z)
+        return torch.index_select(z, 0, at.flatten(), out=into).unflatten(0, at.shape)
