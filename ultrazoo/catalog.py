@@ -24,13 +24,15 @@ def list_entries(kind: str | None = None) -> list[Entry]:
 
 @dataclass(frozen=True)
 class OptionRow:
-    """One option of a part: what it takes, its default as recipe data (None with `required`), what it means."""
+    """One option of a part: what it takes, its default as recipe data (None with `required`), what it means, and the `bounds`
+    (ge, gt, le, lt) of every number in it."""
 
     name: str
     takes: str
     default: Any
     required: bool
     doc: str
+    bounds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,14 @@ def _options(cls: Any) -> tuple[OptionRow, ...]:
     from .options import declared, expected, to_data
 
     return tuple(
-        OptionRow(row.name, expected(row), None if row.required else to_data(row.default), row.required, row.doc)
+        OptionRow(
+            name=row.name,
+            takes=expected(row),
+            default=None if row.required else to_data(row.default),
+            required=row.required,
+            doc=row.doc,
+            bounds=dict(row.bounds),
+        )
         for row in declared(cls)
     )
 

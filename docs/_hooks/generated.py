@@ -62,7 +62,7 @@ def _part(entry: Any, spec: Any) -> list[str]:
 
 def option_tables(cls: type, under: str = "") -> list[str]:
     """A table of the options of a class, then one for each group of options inside it."""
-    from ultrazoo.cost.units import interval
+    from ultrazoo.cost.units import ranged
     from ultrazoo.options import declared, expected
 
     rows = declared(cls)
@@ -72,8 +72,7 @@ def option_tables(cls: type, under: str = "") -> list[str]:
     groups = []
     for row in rows:
         default = "" if row.required else f"`{_default(row.default)}`"
-        takes = ", ".join(part for part in (expected(row), interval(dict(row.bounds))) if part)
-        cells = [f"`{row.name}`", takes, default, row.doc]
+        cells = [f"`{row.name}`", ranged(expected(row), dict(row.bounds)), default, row.doc]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
         path = f"{under}.{row.name}" if under else row.name
         groups += [(path, group) for group in _groups(row.annotation)] if not row.kind and not row.choices else []

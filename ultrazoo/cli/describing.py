@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from ..cost.units import interval
+from ..cost.units import ranged
 from . import common, out
-
-if TYPE_CHECKING:
-    from ..catalog import Description
 
 NAME = "describe"
 
@@ -26,11 +23,8 @@ def command(
     from ..catalog import describe
 
     found = describe(name, kind)
-    bounds = _bounds(found)
     if json:
-        data = found.data()
-        data["options"] = [{**row, "bounds": bounds[row["name"]]} for row in data["options"]]
-        out.emit(data)
+        out.emit(found.data())
         return
     facts = [["from", found.origin], ["source", found.source or "-"]]
     facts += [["also called", ", ".join(found.aliases)]] if found.aliases else []
@@ -47,21 +41,13 @@ def command(
     if found.options:
         rows = []
         for row in found.options:
-            takes = ", ".join(part for part in (row.takes, interval(bounds[row.name])) if part)
-            rows.append([row.name, "required" if row.required else _value(row.default), takes, row.doc])
+            default = "required" if row.required else _value(row.default)
+            rows.append([row.name, default, ranged(row.takes, row.bounds), row.doc])
         out.echo("\n" + out.table(rows, ["option", "default", "takes", "meaning"]))
     if found.limits:
         out.echo("\n" + "\n".join(["limits", *(f"  - {limit}" for limit in found.limits)]))
     if found.recipe is not None:
         out.echo("\nminimal recipe\n" + yaml(found.recipe, "  "))
-
-
-def _bounds(found: Description) -> dict[str, dict[str, float]]:
-    """``ge``, ``gt``, ``le`` and ``lt`` of every option: they hold for every number of a value."""
-    from .. import registry
-    from ..options import declared
-
-    return {row.name: dict(row.bounds) for row in declared(registry.find(found.kind, found.name))}
 
 
 def _value(value: Any) -> str:

@@ -85,6 +85,11 @@ def interval(bounds: Mapping[str, float]) -> str:
     return f"x {'>' if low[0] == '<' else '≥'} {low[1]:.10g}"
 
 
+def ranged(what: str, bounds: Mapping[str, float]) -> str:
+    """What an option takes, with its legal numbers: ``a number, 0 ≤ x < 1``."""
+    return ", ".join(part for part in (what, interval(bounds)) if part)
+
+
 def layer_list(layers: tuple[int, ...] | list[int]) -> str:
     """Layer numbers in the notation of recipes: ``0-2, 27-29``, ``0-28/2``."""
     numbers = sorted(set(layers))
