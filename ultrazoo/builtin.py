@@ -117,7 +117,7 @@ TABLE: tuple[Row, ...] = (
     _part("selector", "routed", "routed:RoutedSpec", "own blocks and the best, per query or per head (VMoBA)"),
     _part("selector", "union", "selectors:UnionSpec", "what any of several selectors chooses"),
     _part("selector", "budget", "budgets:BudgetSpec", "another share per head or denoising step"),
-    _part("selector", "cached", "budgets:CachedSpec", "a map kept over denoising steps"),
+    _part("selector", "cached", "cached:CachedSpec", "a map kept over denoising steps"),
     _part("far_field", "drop", "far:DropSpec", "unselected keys are left out"),
     _part("far_field", "mean", "far:MeanSpec", "block means in the same softmax"),
     _part("far_field", "coarse", "far:CoarseSpec", "attention among block means, gated"),

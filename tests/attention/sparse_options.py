@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from ultrazoo.attention.block_sparse import BlockSparseSpec
-from ultrazoo.attention.parts.budgets import BudgetSpec, CachedSpec
+from ultrazoo.attention.parts.budgets import BudgetSpec
+from ultrazoo.attention.parts.cached import CachedSpec
 from ultrazoo.attention.parts.far import CoarseSpec, DropSpec, FarSpec, MeanSpec
 from ultrazoo.attention.parts.orders import ColumnsSpec, CurveSpec, OrderSpec, RasterSpec, TilesSpec
 from ultrazoo.attention.parts.pooled import PooledSpec
@@ -32,13 +33,16 @@ def rule(draw: random.Random) -> RuleSpec:
         return TopPSpec(p=draw.choice([0.2, 0.5, 0.9, 1.0]), floor=draw.choice([0.0, 0.3]))
     if name == "either":
         return TopKOrPSpec(share=draw.choice([0.1, 0.4]), p=draw.choice([0.2, 0.6]))
-    return MeanStdSpec(tau=draw.choice([0.0, 0.3, 1.0, -1.0, None]), moments=draw.choice(["diag", "exact"]))
+    # of two scores the lower is the mean less one deviation, so that rounding would decide at tau = 1
+    return MeanStdSpec(tau=draw.choice([0.0, 0.3, 0.9, -0.9, None]), moments=draw.choice(["diag", "exact"]))
 
 
 def pooled(draw: random.Random) -> PooledSpec:
+    runs = draw.choice([(1, 1), (1, 1), (2, 2), (4, 1), (1, 3), (3, 2)])
     return PooledSpec(
         rule=rule(draw),
-        runs=draw.choice([(1, 1), (1, 1), (2, 2), (4, 1), (1, 3), (3, 2)]),
+        runs=runs,
+        normalise=draw.choice(["none", "row"]) if runs[0] > 1 else "none",
         key_bias=draw.choice(["none", "none", "log_variance", "log_norm"]),
         centre=draw.random() < 0.4,
         project=draw.random() < 0.3,
@@ -59,10 +63,12 @@ def selector(draw: random.Random, depth: int = 0) -> SelectorSpec:
     if name == "union":
         return UnionSpec(of=tuple(selector(draw, depth + 1) for _ in range(draw.choice([1, 2, 3]))))
     if name == "cached":
-        return CachedSpec(of=selector(draw, depth + 1))
+        return CachedSpec(of=selector(draw, depth + 1), drift=draw.choice([None, 1.0]))
     if name == "budget":
         heads = tuple(draw.choice([0.1, 0.5, 1.0]) for _ in range(3))
-        return BudgetSpec(of=PooledSpec(rule=draw.choice([TopKSpec(share=0.3), TopKOrPSpec()])), heads=heads)
+        share = PooledSpec(rule=draw.choice([TopKSpec(share=0.3), TopKOrPSpec(), TopPSpec(p=0.3, floor=0.2)]))
+        inner = draw.choice([share, CachedSpec(of=share), UnionSpec(of=(share, selector(draw, depth + 1)))])
+        return BudgetSpec(of=inner, heads=heads)
     return pooled(draw)
 
 
@@ -86,7 +92,9 @@ def far_field(draw: random.Random) -> FarSpec:
 
 def segment(draw: random.Random) -> Segment:
     rows, keys = draw.choice(["dense", "pattern"]), draw.choice(["always", "compete"])
-    return Segment(draw.choice(["text", "reference"]), draw.choice([1, 3, 5, 9]), None, rows, keys)
+    kind, length = draw.choice(["text", "reference"]), draw.choice([1, 3, 5, 9, 12])
+    grid = draw.choice([None, Grid(2, 2, 3), Grid(1, 3, 4)]) if length == 12 else None
+    return Segment(kind, length, grid, rows, keys)
 
 
 def setting(draw: random.Random) -> tuple[BlockSparseSpec, Site]:
@@ -101,6 +109,12 @@ def setting(draw: random.Random) -> tuple[BlockSparseSpec, Site]:
             qk_norm=draw.random() < 0.5,
             rope=draw.choice([None, Rope(axes=(4, 2, 2))]),
         )
-        spec = BlockSparseSpec(order=order(draw), selector=selector(draw), far=far_field(draw))
+        spec = BlockSparseSpec(
+            order=order(draw),
+            selector=selector(draw),
+            far=far_field(draw),
+            extra_rows=draw.choice(["host", "host", "dense", "pattern", "videos"]),
+            extra_keys=draw.choice(["host", "host", "always", "compete"]),
+        )
         if not spec.problems(site):
             return spec, site

@@ -229,3 +229,22 @@ def test_a_larger_mass_keeps_more() -> None:
         visited.append(runs[0].pairs)
     assert visited == sorted(visited)
     assert visited[0] < visited[2] < visited[-1] == 2 * 64**2
+
+
+def test_row_normalised_scores_are_dfsattn_s() -> None:
+    """Softmax of every query tile over all key tiles, summed over the tiles of a block pair; the highest sums are kept."""
+    q, k, v = (noise(i, 1, 64, 2, 8, scale=3.0) for i in range(3))
+    tiles = [z.unflatten(1, (16, 4)).mean(2) for z in (q, k)]
+    mass = (torch.einsum("bahd,bchd->bhac", *tiles) / 8**0.5).softmax(-1).unflatten(3, (4, 4)).unflatten(2, (4, 4))
+    sums = mass.sum((3, 5))  # (1, heads, query blocks, key blocks)
+    chosen = torch.zeros_like(sums, dtype=torch.bool).scatter_(-1, sums.topk(2).indices, True)
+    mask = chosen.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    pairs = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 8**0.5).masked_fill(~mask, float("-inf"))
+    due = torch.einsum("bhnm,bmhd->bnhd", pairs.softmax(-1), v)
+    rule = TopKSpec(share=0.5, rounding="down")
+    row, none = (
+        BlockSparseSpec(order=RasterSpec(block=16), selector=PooledSpec(rule=rule, runs=(4, 4), normalise=how))
+        for how in ("row", "none")
+    )
+    assert_close("rows", given(row, q, k, v), due, 1e-11)
+    assert error_ratio(given(none, q, k, v), due) > 0.1

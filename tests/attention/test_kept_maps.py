@@ -14,7 +14,8 @@ from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.by_head import ByHeadSpec
 from ultrazoo.attention.contract import Call
 from ultrazoo.attention.full import FullSpec
-from ultrazoo.attention.parts.budgets import BudgetSpec, CachedSpec
+from ultrazoo.attention.parts.budgets import BudgetSpec
+from ultrazoo.attention.parts.cached import CachedSpec
 from ultrazoo.attention.parts.kept import KeptRows, index_bytes, kept_bytes
 from ultrazoo.attention.parts.orders import RasterSpec
 from ultrazoo.attention.parts.pooled import PooledSpec
@@ -107,6 +108,14 @@ def test_a_dense_map_keeps_bits() -> None:
 
 SITE = Site(dim=HEADS * SIZE, heads=HEADS, head_dim=SIZE, grid=Grid(1, 1, 256 * BLOCK))
 TOP = PooledSpec(rule=TopKSpec(count=6))
+
+
+def test_a_plan_counts_the_means_that_a_drift_is_from() -> None:
+    plain, drifts = (
+        BlockSparseSpec(order=RasterSpec(block=BLOCK), selector=CachedSpec(of=TOP, drift=drift))
+        for drift in (None, 8.0)
+    )
+    assert drifts.cost(SITE).kept_bytes - plain.cost(SITE).kept_bytes == 2 * HEADS * SIZE * 4
 
 
 @pytest.mark.parametrize("rule", [TopKSpec(count=6), TopKSpec(share=0.02), TopKSpec(share=0.9)], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,19 +132,19 @@ def test_ties_go_to_the_first_blocks(dtype: torch.dtype) -> None:
 
 
 def test_rows_that_are_no_video_stay_dense() -> None:
-    text = Segment("text", 5, rows="pattern", keys="compete")
+    """Whatever the host says of them: rows of several frames are sparse, all keys compete."""
+    text = Segment("text", 5, rows="pattern")
     still = Segment("reference", 6, grid=Grid(1, 2, 3), rows="pattern", keys="compete")
-    video = Segment("reference", 12, grid=Grid(2, 2, 3), rows="pattern", keys="compete")
-    at = site(2, 4, 4)
-    for wrong in (text, still):
-        (problem,) = SubblockSpec(block=8).problems(at.at(extra=(wrong, video)))
-        assert wrong.kind in problem.rule
-        assert "dense" in str(problem.fix)
-    fine = at.at(extra=(video, Segment("text", 5, keys="compete")))
-    expanded = composition(SubblockSpec(block=8), fine)
-    assert expanded.problems(fine) == []
-    place = expanded.place(fine)
-    assert (place.queries.tokens, place.selectable) == (32 + 12, 4 + 2 + 1)
+    video = Segment("reference", 12, grid=Grid(2, 2, 3))
+    at = site(2, 4, 4, extra=(text, still, video))
+    spec = SubblockSpec(block=8)
+    assert spec.problems(at) == []
+    place = composition(spec, at).place(at)
+    assert (place.queries.tokens, place.selectable, place.always_tokens) == (32 + 12, 4 + 1 + 1 + 2, 0)
+    apart = composition(replace(spec, extra_keys="always"), at).place(at)
+    assert (apart.queries.tokens, apart.selectable, apart.always_tokens) == (32 + 12, 4, 5 + 6 + 12)
+    said = composition(replace(spec, extra_keys="host"), at).place(at)
+    assert (said.selectable, said.always_tokens) == (4 + 1, 5 + 12)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import blocks as oracle
-from ultrazoo.attention.block_sparse import ordered, restored
 from ultrazoo.attention.parts.orders import ORDERS, ColumnsSpec, CurveSpec, OrderSpec, RasterSpec, TilesSpec
+from ultrazoo.attention.parts.scene import ordered, restored
 from ultrazoo.grid import Grid
 from ultrazoo.ops import orders
 from ultrazoo.ops.blocks import Blocks, block_counts, block_means, block_sums, even_blocks, of_sizes, padded, unpadded

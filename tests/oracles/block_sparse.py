@@ -16,7 +16,7 @@ from torch import Tensor
 from ultrazoo.spec import Segment
 from ultrazoo.testing import Case, affine, attend, extra_rows, grid_of, plain, scores
 
-from .blocks import Block, Layout, layout
+from .blocks import Block, Layout, layout, under
 from .selection import Looked, choose, means
 
 
@@ -46,7 +46,10 @@ class Tokens:
             torch.cat([k, extra.k], 1),
             torch.cat([v, extra.v], 1),
             torch.cat([real, there], 1),
-            case.site.extra or (Segment("text", extra.k.shape[1]),),
+            under(
+                case.site.extra or (Segment("text", extra.k.shape[1]),),
+                *(plain(case.spec).get(name, "host") for name in ("extra_rows", "extra_keys")),
+            ),
         )
 
 

@@ -143,6 +143,18 @@ def grid_blocks(order: Mapping[str, Any], grid: Sequence[int]) -> tuple[list[Blo
     return cut(tokens, query_size), cut(tokens, key_size), query_size, key_size
 
 
+def under(segments: Sequence[Segment], rows: str, keys: str) -> tuple[Segment, ...]:
+    """Segments whose policies a design sets: ``host`` keeps theirs, ``videos`` makes rows of several frames follow the
+    pattern and all others dense."""
+    found = []
+    for one in segments:
+        frames = 1 if one.grid is None else one.grid[0]
+        own_rows = {"host": one.rows, "videos": "pattern" if frames > 1 else "dense"}.get(rows, rows)
+        own_keys = one.keys if keys == "host" else keys
+        found.append(Segment(one.kind, one.length, one.grid, own_rows, own_keys))  # type: ignore[arg-type]
+    return tuple(found)
+
+
 def layout(order: Mapping[str, Any], grid: Sequence[int], segments: Sequence[Segment] = ()) -> Layout:
     """Blocks of the grid, then those of extra tokens: queries whose rows follow the pattern, keys that compete, keys that
     all see. No block crosses a segment, and one holds as many tokens as a key block, or as a tile not cut by the grid."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ultrazoo.testing import Case, extra_rows, grid_of
 
+from .blocks import under
+
 Block = list[int]
 
 
@@ -37,8 +39,15 @@ def runs(tokens: Sequence[int], size: int) -> list[Block]:
     return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
 
-def laid_out(case: Case, block_q: int, block_k: int, order: Sequence[int] | None = None) -> Laid:
-    """Blocks of the grid's tokens in `order` (None: as they are), then of extra tokens by their policies."""
+def laid_out(
+    case: Case,
+    block_q: int,
+    block_k: int,
+    order: Sequence[int] | None = None,
+    policies: tuple[str, str] = ("host", "host"),
+) -> Laid:
+    """Blocks of the grid's tokens in `order` (None: as they are), then of extra tokens by the `policies` of their rows and
+    keys."""
     place, count = grid_of(case.grid), case.x.shape[1]
     q = case.host.split(case.host.raw(case.x, "q"), "q", place)
     k = case.host.split(case.host.raw(case.x, "k"), "k", place)
@@ -52,7 +61,7 @@ def laid_out(case: Case, block_q: int, block_k: int, order: Sequence[int] | None
         more = torch.ones(extra.k.shape[:2], dtype=torch.bool) if extra.key_mask is None else extra.key_mask
         k, v, real = torch.cat([k, extra.k], 1), torch.cat([v, extra.v], 1), torch.cat([real, more], 1)
         at = 0
-        for segment in case.site.extra:
+        for segment in under(case.site.extra, *policies):
             tokens = list(range(at, at + segment.length))
             at += segment.length
             if segment.keys == "compete":

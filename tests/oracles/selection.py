@@ -169,12 +169,25 @@ def rows(selector: Options, seen: Looked, b: int, h: int, scale: float) -> list[
     found = []
     for block, asked in zip(layout.queries, query_runs, strict=True):
         scores = []
+        whole_mass = [mass_of(a, key_runs, scale) if selector["normalise"] == "row" else 0.0 for a in asked]
         for j, runs in enumerate(key_runs):
-            terms = [scale * (a @ c) for a in asked for c in runs if a is not None and c is not None]
+            terms = [
+                scale * (a @ c) - mass
+                for a, mass in zip(asked, whole_mass, strict=True)
+                for c in runs
+                if a is not None and c is not None
+            ]
             scores.append(float(torch.logsumexp(torch.stack(terms), 0)) + bias[j] if terms else NOTHING)
         query = project(mean_of(q, block, real), "query")
         found.append(Row(scores, None if query is None else scale * query, whole))
     return found
+
+
+def mass_of(asked: Tensor | None, key_runs: Sequence[Sequence[Tensor | None]], scale: float) -> float:
+    """Logarithm of the softmax denominator of one query run over the runs of all key blocks."""
+    if asked is None:
+        return 0.0
+    return math.log(sum(math.exp(float(scale * (asked @ c))) for runs in key_runs for c in runs if c is not None))
 
 
 def key_bias(name: str, k: Tensor, v: Tensor, block: Block, real: Tensor) -> float:
@@ -220,7 +233,7 @@ def rule(options: Options, row: Row, keep: float | None, grid_blocks: int) -> li
     if name == "mean_std":
         return above(options, row)
     if name == "topp":
-        mass = top_p(row.scores, options["p"])
+        mass = top_p(row.scores, options["p"] if keep is None else keep)
         return sorted(set(mass) | set(best_first(row.scores)[: share_of(options["floor"], blocks)]))
     assert name == "topk_or_topp"
     mass = top_p(row.scores, options["p"])

@@ -45,7 +45,7 @@ def kept_blocks(sparsity: float, blocks: int, multiple: int) -> int:
 def subblock(case: Case) -> Tensor | tuple[Tensor, Tensor]:
     """The whole attention, from `plain(spec)`."""
     options = plain(case.spec)
-    laid = laid_out(case, options["block"], options["block"])
+    laid = laid_out(case, options["block"], options["block"], policies=("videos", options["extra_keys"]))
     found = block_scores(laid, options["block"], options["runs"])
     usable = counts(laid.real, laid.key_blocks) > 0
     chosen = highest(found, lambda blocks: kept_blocks(options["sparsity"], blocks, options["multiple"]), usable)

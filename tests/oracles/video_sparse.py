@@ -14,6 +14,7 @@ import torch
 from ultrazoo.spec import Segment
 from ultrazoo.testing import Case, affine, plain
 
+from .blocks import under
 from .grouped_tokens import (
     Groups,
     answer,
@@ -35,7 +36,8 @@ def segment_tiles(case: Case, size: int) -> tuple[Groups, Groups]:
     always: Groups = []
     if case.extra is not None:
         tokens = case.x.shape[1]
-        for segment in case.site.extra or (Segment("text", case.extra.k.shape[1]),):
+        segments = case.site.extra or (Segment("text", case.extra.k.shape[1]),)
+        for segment in under(segments, "host", plain(case.spec)["extra_keys"]):
             (compete if segment.keys == "compete" else always).extend(run_groups(tokens, segment.length, size))
             tokens += segment.length
     return compete, always

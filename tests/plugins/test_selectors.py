@@ -82,6 +82,11 @@ RAN = {
     "rows of ints": (code(False, BOUNDS, BUILD.format(dtype="int64", missing=0)), r"got int64 \(1, 1, 2, 2\)"),
     "narrow rows": (code(False, BOUNDS, BUILD.format(dtype="bool", missing=1)), r"got bool \(1, 1, 2, 1\)"),
 }
+AROUND = {
+    "alone": {"name": "mine/selector"},
+    "union": {"name": "union", "of": [{"name": "band"}, {"name": "mine/selector"}]},
+    "cached": {"name": "cached", "of": {"name": "mine/selector"}},
+}
 RECIPE = """\
 schema: 1
 name: r
@@ -133,11 +138,12 @@ def test_so_it_is_of_an_attention_alone(place, case):
 
 
 @pytest.mark.parametrize("case", RAN)
+@pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("far", ["drop", "mean"])
-def test_rows_of_the_wrong_kind_are_told_where_they_are_made(place, case, far):
+def test_rows_of_the_wrong_kind_are_told_where_they_are_made(place, case, far, around):
     source, words = RAN[case]
     registry.load_file(write_file(place, source))
-    module = attention({"name": "mine/selector"}, far)
+    module = attention(AROUND[around], far)
     allowed = r"a map is bool \(1, 1, 2, 2\) or "
     with pytest.raises(UsageError, match=f"selector 'mine/selector': query blocks 0 to 1: {allowed}.*{words}"):
         module(torch.randn(2, 16, 16), (1, 4, 4))

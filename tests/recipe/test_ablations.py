@@ -45,7 +45,14 @@ def expected(what: str) -> BranchedSpec:
 
 def test_there_is_one_for_every_row_of_the_table() -> None:
     found = {path.stem.removeprefix("ultragen_ablation_") for path in RECIPES.glob("ultragen_ablation_*.yaml")}
-    assert found == set(PUBLISHED)
+    assert found == {*PUBLISHED, *(f"{what}_tiny" for what in PUBLISHED)}
+
+
+@pytest.mark.parametrize("what", sorted(PUBLISHED))
+def test_the_tiny_one_has_the_same_attention_and_sizes_of_its_own(what: str) -> None:
+    one, toy = resolved(f"ultragen_ablation_{what}_tiny"), resolved("ultragen_tiny")
+    assert all(spec == expected(what) for spec in one.attention)
+    assert (one.grid, one.backbone, one.dtype) == (toy.grid, toy.backbone, toy.dtype)
 
 
 @pytest.mark.parametrize("what", sorted(PUBLISHED))

@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import Problem, SiteError, UsageError
+from ..errors import Problem, SiteError
 from ..grid import Grid
 from ..kernels import attend
-from ..kernels.block_map import BlockMap, misfit
+from ..kernels.block_map import BlockMap
 from ..ops.graphs import outside_graphs
 from ..spec import AttentionSpec, BranchCost, Cost, Rope, Segment, Site, Start, Traits, option
 from .checks import same_dtype
@@ -29,10 +29,10 @@ from .full import kernel_problems
 from .grouped import attend_extra
 from .parts.by_query import ByQuerySpec
 from .parts.far import CoarseSpec, DropSpec, FarSpec
-from .parts.orders import ORDERS, ColumnsSpec, OrderSpec, Place, RasterSpec, TilesSpec
+from .parts.orders import ORDERS, ColumnsSpec, OrderSpec, Place, RasterSpec, TilesSpec, ruled
 from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec, TopPSpec
-from .parts.scene import Scene
+from .parts.scene import Scene, checked, ordered, ordered_tokens, restored
 from .parts.selectors import (
     AllSpec,
     BandSpec,
@@ -61,13 +61,26 @@ class BlockSparseSpec(AttentionSpec):
     )
     selector: SelectorSpec = option(PooledSpec(), "which key blocks a query block visits", kind="selector")
     far: FarSpec = option(DropSpec(), "what the other key blocks give", kind="far_field")
+    extra_rows: Literal["host", "dense", "pattern", "videos"] = option(
+        "host",
+        "rows of extra tokens see everything or what the pattern gives them, as their segment says or all alike; videos: "
+        "those of more than one frame follow it",
+    )
+    extra_keys: Literal["host", "always", "compete"] = option(
+        "host", "keys of extra tokens are seen by all or chosen like others, as their segment says or all alike"
+    )
     kernel: str = option("auto", "a registered kernel that takes block maps, or auto")
 
     def place(self, site: Site) -> Place:
         """Blocks of the site's grid and extra tokens."""
-        return _place(self.order, site.grid, site.extra)
+        return _place(self.order, site.grid, self.segments(site.extra))
+
+    def segments(self, given: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        """Segments of extra tokens with the policies that this gives them."""
+        return tuple(ruled(one, self.extra_rows, self.extra_keys) for one in given)
 
     def problems(self, site: Site) -> list[Problem]:
+        site = site.at(extra=self.segments(site.extra))
         found = [problem.under("order") for problem in self.order.problems(site)]
         found += [problem.under("selector") for problem in self.selector.problems(site)]
         found += [problem.under("far") for problem in self.far.problems(site)]
@@ -109,12 +122,14 @@ class BlockSparseSpec(AttentionSpec):
 
     def bounds(self, site: Site) -> Bounds:
         """Pairs per head: fewest, expected, most; without those of extra rows that see everything."""
+        site = site.at(extra=self.segments(site.extra))
         place = self.place(site)
         found = _bounds(self.selector, self.order, site if self.selector.by_layer else site.at(layer=0))
         fixed = place.queries.tokens * place.always_tokens + self.far.pairs(place)
         return Bounds(*(value + fixed for value in found))
 
     def cost(self, site: Site) -> Cost:
+        site = site.at(extra=self.segments(site.extra))
         place, tokens = self.place(site), site.tokens
         dense = sum(segment.length for segment in site.extra if segment.rows == "dense")
         dense_pairs = dense * (tokens + site.extra_tokens)
@@ -284,7 +299,7 @@ class BlockSparseAttention(Attention):
         assert extra is not None
         if not pattern.shape[2]:
             return attend_extra(extra, k, v, call.key_valid, "auto")
-        follows = [segment.rows == "pattern" for segment in _segments(call) for _ in range(segment.length)]
+        follows = [segment.rows == "pattern" for segment in self._segments(call) for _ in range(segment.length)]
         of_pattern = torch.tensor(follows, device=k.device)
         rows = pattern.new_empty(pattern.shape[0], len(follows), pattern.shape[1] * pattern.shape[3])
         rows = rows.index_copy(1, of_pattern.nonzero()[:, 0], pattern.transpose(1, 2).flatten(2))
@@ -294,12 +309,18 @@ class BlockSparseAttention(Attention):
         found = attend_extra(replace(extra, q=extra.q.index_select(1, dense)), k, v, call.key_valid, "auto")
         return rows.index_copy(1, dense, found.to(rows.dtype))
 
+    def _segments(self, call: Call) -> tuple[Segment, ...]:
+        assert call.extra is not None
+        spec: Any = self.spec
+        found: tuple[Segment, ...] = spec.segments(call.extra.segments or (Segment("extra", call.extra.k.shape[1]),))
+        return found
+
     # lists of blocks are data: a compiler goes around them
     @outside_graphs
     def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Grid rows (B, N, heads, D) in the grid's order, and rows of extra tokens that follow the pattern."""
         spec: Any = self.spec
-        segments = () if call.extra is None else _segments(call)
+        segments = () if call.extra is None else self._segments(call)
         # what a call brings, policies of extra tokens above all, was seen by no check before
         if problems := _problems(spec, self.site.at(grid=Grid(*call.grid), extra=segments)):
             raise SiteError(f"attention {spec.name!r} at grid {Grid(*call.grid)}", problems)
@@ -329,7 +350,7 @@ class BlockSparseAttention(Attention):
     def _scene(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call, place: Place) -> Scene:
         """Everything in block order, extra tokens behind the grid's."""
         q, k, v = (ordered(z, place) for z in (q, k, v))
-        valid = None if call.key_valid is None else _ordered_tokens(call.key_valid, place)
+        valid = None if call.key_valid is None else ordered_tokens(call.key_valid, place)
         query_valid = valid
         extra = call.extra
         if extra is not None:
@@ -354,14 +375,12 @@ class BlockSparseAttention(Attention):
     def _map(self, scene: Scene) -> BlockMap:
         place = scene.place
         batch, heads = scene.q.shape[:2]
-        choose = self.selector(scene)
+        spec: Any = self.spec
+        choose = checked(spec.selector.name, self.selector(scene), scene)
         always = place.keys.count - place.selectable
 
         def rows(lo: int, hi: int) -> Tensor:
-            found: Tensor = choose(lo, hi)
-            if problem := misfit(found, batch, heads, hi - lo, place.selectable):
-                spec: Any = self.spec
-                raise UsageError(f"selector {spec.selector.name!r}: query blocks {lo} to {hi - 1}: {problem}")
+            found = choose(lo, hi)
             if not always:
                 return found
             return torch.cat([found, found.new_ones(*found.shape[:3], always)], dim=-1)
@@ -370,31 +389,3 @@ class BlockSparseAttention(Attention):
 
 
 BlockSparseSpec.module = BlockSparseAttention
-
-
-def _segments(call: Call) -> tuple[Segment, ...]:
-    assert call.extra is not None
-    count = call.extra.k.shape[1]
-    return call.extra.segments or (Segment("extra", count),)
-
-
-def _ordered_tokens(z: Tensor, place: Place, dim: int = 1) -> Tensor:
-    if place.order is None:
-        return z
-    return z.index_select(dim, torch.as_tensor(place.order, device=z.device))
-
-
-def ordered(z: Tensor, place: Place) -> Tensor:
-    """(B, N, heads, D) → (B, heads, N, D) in block order, contiguous."""
-    if place.order is None:
-        return z.transpose(1, 2).contiguous()
-    return _ordered_tokens(z.transpose(1, 2), place, 2)
-
-
-def restored(y: Tensor, place: Place) -> Tensor:
-    """(B, heads, N, D) in block order → (B, N, heads, D) in the grid's."""
-    if place.order is None:
-        return y.transpose(1, 2)
-    back = np.empty_like(place.order)
-    back[place.order] = np.arange(len(back))
-    return y.transpose(1, 2).index_select(1, torch.as_tensor(back, device=y.device))

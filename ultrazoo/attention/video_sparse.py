@@ -2,11 +2,11 @@
 attention and is itself added through a gate.
 
 ``O = O_fine + G(x) · O_coarse``, G linear, per token and channel, zero at the start, no sigmoid. A named composition of
-`block_sparse`. The form for packed sequences (FastVideo's VSA-H3) is what a host's segments say. Tiles of extra tokens never
-cross a segment and take part in the coarse attention. ``keys: always`` is its *exempt* mode: top-k over the grid's tiles, and
-every tile of the segment. ``keys: compete`` is its *compete* mode: top-k over both, k being that of the grid's tiles plus
-one for every competing tile, as many visits as if they were exempt. ``rows: dense`` is its rule for prompt rows; its dense
-first steps and dense layers are a recipe's ``steps`` and layer keys. We depart in two places: a gate of zeros is computed
+`block_sparse`. The form for packed sequences (FastVideo's VSA-H3) is for extra tokens. Tiles of them never
+cross a segment and take part in the coarse attention. ``extra_keys: always`` is its *exempt* mode: top-k over the grid's tiles,
+and every tile of the segment. ``extra_keys: compete`` is its *compete* mode: top-k over both, k being that of the grid's tiles plus
+one for every competing tile, as many visits as if they were exempt. Rows of extra tokens see everything, as its prompt rows do, unless
+the host's segment says otherwise; its dense first steps and dense layers are a recipe's ``steps`` and layer keys. We depart in two places: a gate of zeros is computed
 too, and of equal scores the grid's tile comes before an extra one.
 """
 
@@ -39,6 +39,10 @@ class VideoSparseSpec(AttentionSpec):
     image_tile: tuple[int, ...] | None = option((1, 8, 8), "the same at T = 1; None: `tile`, cut to one frame", ge=1)
     sparsity: float = option(0.9, "share of the tiles that a tile does not visit", ge=0, lt=1)
     gate: Literal["linear", "none"] = option("linear", "of the coarse attention; none leaves it out")
+    extra_keys: Literal["host", "always", "compete"] = option(
+        "host",
+        "keys of extra tokens: seen by all (exempt), or chosen like others (compete); host: as their segment says",
+    )
     kernel: str = option("auto", "a registered kernel that takes block maps, or auto")
 
     def problems(self, site: Site) -> list[Problem]:
@@ -55,6 +59,7 @@ class VideoSparseSpec(AttentionSpec):
             order=self._order(),
             selector=PooledSpec(rule=TopKSpec(share=round(1 - self.sparsity, 12), competing="added")),
             far=CoarseSpec() if self.gate == "linear" else DropSpec(),
+            extra_keys=self.extra_keys,
             kernel=self.kernel,
         )
 
@@ -80,5 +85,6 @@ class VideoSparseSpec(AttentionSpec):
             (cls(tile=(2, 2, 3), sparsity=0.7), site.at(extra=(Segment("text", 5),))),
             (cls(tile=(4, 4, 4), image_tile=(1, 2, 3), sparsity=0.5), site.at(grid=Grid(1, 4, 5), rope=None)),
             (cls(tile=(2, 3, 2), sparsity=0.0), site.at(grid=Grid(2, 4, 5))),
+            (cls(tile=(2, 2, 2), sparsity=0.7, extra_keys="compete"), site.at(extra=(Segment("text", 11),))),
             (cls(tile=(2, 2, 2), sparsity=0.8), site.at(grid=Grid(2, 5, 4), extra=packed)),
         ]

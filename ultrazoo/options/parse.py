@@ -93,14 +93,19 @@ def parse_part(kind: str, data: Any, path: str = "") -> Parsed:
         preset, problems = preset_fields(cls, data["preset"], join(path, "preset"))
         if problems:
             return None, problems
+        if data["preset"] is None:
+            data = {key: value for key, value in data.items() if key != "preset"}
         keep = {"preset"} if any(row.name == "preset" for row in declared(cls)) else set()
         data = {**preset, **{key: value for key, value in data.items() if key != "preset" or key in keep}}
     return parse(cls, data, path)
 
 
 def preset_fields(cls: Any, preset: Any, path: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The options that a backbone's preset stands for, or a problem that says whose preset it is."""
+    """The options that a backbone's preset stands for, or a problem that says whose preset it is; None stands for none, so
+    that a recipe can undo what it extends."""
     table: Mapping[str, Mapping[str, Any]] = cls.presets
+    if preset is None:
+        return {}, []
     if isinstance(preset, str) and preset in table:
         return dict(table[preset]), []
     known = f"presets of {cls.name!r} are {listed(table)}"

@@ -9,8 +9,9 @@ import ultrazoo
 from tests.backbones.adapters.packed import h3_laid_out, h3_rows
 from tests.backbones.adapters.test_parity import recipe, run, worst
 from tests.backbones.adapters.tiny import TINY, arguments, made
+from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.backbones.diffusers import adapter_named
-from ultrazoo.backbones.diffusers.minimax_h3 import GroupedGeometry
+from ultrazoo.backbones.diffusers.minimax_h3 import GroupedGeometry, clip
 from ultrazoo.backbones.diffusers.packed import Run
 from ultrazoo.backbones.diffusers.processor import Processor
 from ultrazoo.backbones.diffusers.spec import _defaults
@@ -55,17 +56,19 @@ def test_the_layout_is_the_pipelines():
     found = frame(given)
     start = len(tags) - grid.tokens
     assert (found.grid, found.start) == (tuple(grid), start)
-    assert found.own.runs == (Run("text", 0, 7), Run("reference", 7, 97), Run("audio", 97, start))
+    keyframes = (Run("reference", 7, 52, Grid(1, 5, 9)), Run("reference", 52, 97, Grid(1, 5, 9)))
+    assert found.own.runs == (Run("text", 0, 7), *keyframes, Run("audio", 97, start))
 
 
 def test_references_of_the_pipeline_lie_beside_the_grid():
     found = frame(arguments(H3, "references", (3, 5, 7)))
     assert found.grid == (3, 5, 7)
-    assert [(run.kind, run.stop - run.start) for run in found.own.runs] == [
-        ("text", 7),
-        ("audio", 6),
-        ("reference", 16),
-        ("audio", 30),
+    assert [(run.kind, run.stop - run.start, run.grid) for run in found.own.runs] == [
+        ("text", 7, None),
+        ("audio", 6, None),
+        ("reference", 12, (2, 3, 2)),
+        ("reference", 4, (1, 2, 2)),
+        ("audio", 30, None),
     ]
     unnamed = frame(arguments(H3, "picture in prompt", (3, 5, 7))).own.runs
     assert [run.kind for run in unnamed] == ["text", "audio", "unnamed"]
@@ -135,3 +138,33 @@ def test_a_window_is_another_model_for_the_video_alone():
     beside = found.shape[1] - 48
     assert worst([found[:, :beside]], [due[:, :beside]]) <= 1e-5
     assert worst([found[:, beside:]], [due[:, beside:]]) > 1e-2
+
+
+def test_references_whose_rows_are_no_frames_are_one_run():
+    given = arguments(H3, "references", (3, 5, 7))
+    text, audio, video = h3_rows(arguments(H3, "plain", (3, 5, 7)))
+    places = torch.cat([clip(Grid(2, 3, 2), 7.0), torch.tensor([[30.0, 1, 1], [30.0, 5, 2], [30.0, 9, 7]])])
+    found = frame(h3_laid_out(given, text, ("video", places), audio, video)).own.runs
+    assert [(run.kind, run.stop - run.start, run.grid) for run in found][1] == ("reference", 15, None)
+
+
+def test_rows_of_a_reference_clip_are_sparse_and_those_of_a_picture_are_not(monkeypatch):
+    """SubBlock gives the pattern to the twelve rows of the clip; pictures, text and sound see everything."""
+    seen = []
+    problems = BlockSparseSpec.problems
+    monkeypatch.setattr(BlockSparseSpec, "problems", lambda self, site: seen.append(site.extra) or problems(self, site))
+    model = made(H3)
+    given = arguments(H3, "references", (2, 4, 6))
+    ultrazoo.apply(model, recipe(H3, {"name": "subblock", "block": 4, "runs": [2, 2], "multiple": 1}))
+    seen.clear()
+    with torch.no_grad():
+        run(model, given)
+    (segments,) = set(seen)
+    kept = [(one.kind, one.length, one.rows, one.keys) for one in segments]
+    assert kept == [
+        ("text", 7, "dense", "compete"),
+        ("audio", 6, "dense", "compete"),
+        ("reference", 12, "pattern", "compete"),
+        ("reference", 4, "dense", "compete"),
+        ("audio", 16, "dense", "compete"),
+    ]

@@ -1,8 +1,7 @@
-"""Selectors around a selector: budgets per head and per denoising step, and maps kept over steps."""
+"""The selector around a selector that gives it another kept share per head or per denoising step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 from ...errors import Problem
 from ...options import FrozenMap
 from ...spec import Site, option
-from .kept import KeptRows, kept_bytes
 from .orders import Place
-from .scene import Rows, Scene
+from .scene import Rows, Scene, checked
 from .selectors import Bounds, SelectorSpec
 
 
@@ -40,9 +38,9 @@ def in_ranges(key: str, index: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSpec(SelectorSpec):
-    """Another kept share per head or per denoising step than the inner selector's own.
+    """Another kept share per head or per denoising step than the inner selector's own; another mass where its rule is topp.
 
-    Steps are indices of the sampler; steps that are not listed keep the inner selector's share. A call that does not say
+    A share per head is what HASTE (arXiv 2605.14513) finds offline. Steps are indices of the sampler; steps that are not listed keep the inner selector's share. A call that does not say
     its step keeps everything: missing step information never means sparse.
     """
 
@@ -74,8 +72,9 @@ class BudgetSpec(SelectorSpec):
             rule = f"{len(self.heads)} shares for {site.heads} heads"
             found.append(Problem("heads", rule, "give one per head"))
         found += self._step_problems(site.steps)
-        if not getattr(getattr(self.of, "rule", None), "name", "").startswith("topk"):
-            found.append(Problem("of", "has no kept share", "give a pooled selector with rule topk"))
+        if not self.of.budgeted:
+            fix = "give a pooled selector with rule topk, topp or topk_or_topp, or one around it"
+            found.append(Problem("of", "has no kept share", fix))
         return found
 
     def _step_problems(self, count: int | None) -> list[Problem]:
@@ -161,8 +160,7 @@ class _Budget(nn.Module):
             keep = keep if listed is None else listed
             if keep == 1.0:
                 return dense_rows(scene)
-        found: Rows = self.of(scene.with_keep(keep))
-        return found
+        return checked(self.spec.of.name, self.of(scene.with_keep(keep)), scene)
 
 
 def dense_rows(scene: Scene) -> Rows:
@@ -172,94 +170,3 @@ def dense_rows(scene: Scene) -> Rows:
         return torch.ones(1, 1, hi - lo, scene.place.selectable, dtype=torch.bool, device=scene.q.device)
 
     return rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachedSpec(SelectorSpec):
-    """The inner selector's map, made anew every few steps and used again in between (DFSAttn, arXiv 2605.23445).
-
-    Kept in the call's state, one per selector, layer and guidance branch, as lists of visited blocks in the machine's memory
-    (two bytes a visit, or bits where they are smaller); made anew as well where the grid, the extra tokens or the batch are
-    others, or the step is an earlier one. Without state or step the map is made in each call.
-    """
-
-    name: ClassVar[str] = "cached"
-    minimal: ClassVar[Mapping[str, Any]] = {"of": {"name": "pooled"}, "every": 12}
-
-    of: SelectorSpec = option(doc="the selector whose map is kept", kind="selector")
-    every: int = option(12, "denoising steps between two maps", ge=1)
-
-    @property
-    def is_static(self) -> bool:
-        return False
-
-    @property
-    def by_layer(self) -> bool:
-        return self.of.by_layer
-
-    def problems(self, site: Site) -> list[Problem]:
-        return [problem.under("of") for problem in self.of.problems(site)]
-
-    def place_problems(self, place: Place, site: Site) -> list[Problem]:
-        return [problem.under("of") for problem in self.of.place_problems(place, site)]
-
-    def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
-        return self.of.bounds(place, site, keep)
-
-    def flops(self, place: Place, site: Site) -> int:
-        return self.of.flops(place, site)
-
-    def parameters(self, site: Site) -> int:
-        return self.of.parameters(site)
-
-    def kept_bytes(self, place: Place, site: Site) -> int:
-        """Of the fullest map that its bounds allow."""
-        everything = place.queries.tokens * place.keys.starts[place.selectable]
-        rows = site.heads * place.queries.count
-        visited = math.ceil(rows * place.selectable * self.bounds(place, site).most / max(1, everything))
-        return self.of.kept_bytes(place, site) + kept_bytes(rows, place.selectable, visited)
-
-    def frozen(self) -> tuple[str, ...]:
-        return tuple(f"of.{name}" for name in self.of.frozen())
-
-    def keeps_all(self) -> bool:
-        return self.of.keeps_all()
-
-    def build(self, site: Site) -> nn.Module:
-        return _Cached(self, self.of.build(site))
-
-
-@dataclass
-class _Kept:
-    """Rows of a map, with what they were made for."""
-
-    made_for: Any
-    step: int
-    rows: dict[tuple[int, int], KeptRows]
-
-
-class _Cached(nn.Module):
-    def __init__(self, spec: CachedSpec, inner: nn.Module):
-        super().__init__()
-        self.spec, self.of = spec, inner
-
-    def forward(self, scene: Scene) -> Rows:
-        fresh: Rows = self.of(scene)
-        if scene.state is None or scene.step is None:
-            return fresh
-        place, step = scene.place, scene.step[0]
-        made_for = (step // self.spec.every, place.grid, place.queries, place.keys, place.selectable, scene.q.shape[:2])
-        # head groups and united selectors of one layer share its state: each keeps its own map
-        key = ("selector", scene.layer, scene.branch, id(self))
-        kept = scene.state.get(key)
-        if kept is None or kept.made_for != made_for or step < kept.step:
-            kept = scene.state[key] = _Kept(made_for, step, {})
-        kept.step = step
-        held: _Kept = kept
-
-        def rows(lo: int, hi: int) -> Tensor:
-            if (lo, hi) not in held.rows:
-                held.rows[(lo, hi)] = KeptRows.of(fresh(lo, hi))
-            return held.rows[(lo, hi)].rows(scene.q.device)
-
-        return rows

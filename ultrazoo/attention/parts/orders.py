@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -77,6 +77,15 @@ class Place:
             query_rows=tuple(query_rows),
             key_rows=tuple(key_rows),
         )
+
+
+def ruled(segment: Segment, rows: str, keys: str) -> Segment:
+    """A segment under the policies of a design: ``host`` leaves one as it is, rows ``videos`` follow the pattern where the
+    segment has a grid of more than one frame, and see everything elsewhere."""
+    if rows == "videos":
+        rows = "pattern" if segment.grid is not None and segment.grid.t > 1 else "dense"
+    given: Any = {name: to for name, to in (("rows", rows), ("keys", keys)) if to != "host"}
+    return replace(segment, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

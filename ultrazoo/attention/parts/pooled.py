@@ -24,7 +24,8 @@ class PooledSpec(SelectorSpec):
     """Scores of block means, and a rule for how many to keep.
 
     The score of a block pair is ``logsumexp over runs a, c of s · q̄_a · k̄_c`` (plain ``s · q̄ · k̄`` with one run), in fp32.
-    `key_bias`: the log of the variance of a block's keys (at least 1e-12), or of ``||sum_r (k_r - k̄)^T v_r||`` (PISA). Learned projections
+    `normalise: row` takes each query run's softmax over all key runs first (DFSAttn): scores less their log-sum-exp, so that every
+    run of a query block has as much to give. `key_bias`: the log of the variance of a block's keys (at least 1e-12), or of ``||sum_r (k_r - k̄)^T v_r||`` (PISA). Learned projections
     train where the rule is soft; a hard choice gives them no gradient, so they are frozen there.
     """
 
@@ -32,6 +33,7 @@ class PooledSpec(SelectorSpec):
 
     rule: RuleSpec = option(TopKSpec(), "how many blocks are kept", choices=RULES)
     runs: tuple[int, ...] = option((1, 1), "runs that a query block and a key block are cut into", ge=1)
+    normalise: Literal["none", "row"] = option("none", "scores as they are, or the softmax of each query run's")
     key_bias: Literal["none", "log_variance", "log_norm"] = option("none", "added to the score of a key block")
     centre: bool = option(False, "subtract the mean of all selectable keys first")
     project: bool = option(False, "learned projections of block means, identity at the start")
@@ -42,6 +44,9 @@ class PooledSpec(SelectorSpec):
             found.append(
                 Problem("runs", f"got {len(self.runs)} numbers", "give two: of query blocks and of key blocks")
             )
+        elif self.normalise == "row" and self.runs[0] == 1:
+            rule = "row moves all scores of a query run by one number, and a query block of one run keeps their order"
+            found.append(Problem("normalise", rule, "use none, or more runs of query blocks"))
         plain = self.runs == (1, 1) and not self.project and self.key_bias == "none"
         if getattr(self.rule, "moments", "") == "diag" and not plain:
             rule = "diag is the variance of plain scores: one run, no projection, no key_bias"
@@ -79,6 +84,10 @@ class PooledSpec(SelectorSpec):
 
     def parameters(self, site: Site) -> int:
         return 2 * site.head_dim**2 if self.project else 0
+
+    @property
+    def budgeted(self) -> bool:
+        return self.rule.budgeted and self.softness is None
 
     def keeps_all(self) -> bool:
         return self.rule.keeps_all()
@@ -122,6 +131,9 @@ class _Pooled(nn.Module):
             # scores are in fp32 whatever the parameters are in
             queries, keys = (z @ part.weight.to(z.dtype).T for z, part in ((queries, self.query), (keys, self.key)))
         dots = scene.scale * (queries.flatten(2, 3) @ keys.flatten(2, 3).transpose(-1, -2))
+        if spec.normalise == "row":
+            total = dots.masked_fill(~some_k.flatten(2).unsqueeze(2), float("-inf")).logsumexp(-1, keepdim=True)
+            dots = dots - total.masked_fill(total == float("-inf"), 0.0)
         if spec.runs != (1, 1):
             pairs = dots.unflatten(-1, (most, -1)).unflatten(2, (hi - lo, -1))
             both = some_q[:, :, :, :, None, None] & some_k[:, :, None, None]

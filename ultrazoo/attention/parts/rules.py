@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
@@ -15,12 +15,17 @@ from ...errors import Problem
 from ...spec import Options, Site, option
 from .scene import Scene
 
+LEAST_VARIANCE = 1e-6 * math.log(2) ** 2
+"""Added to the variance of a row's scores: 1e-6 where scores are in powers of two (Sol-Attn)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuleSpec(Options):
     """How many and which of the selectable key blocks a query block keeps."""
 
     source: ClassVar[str] = ""
+    budgeted: ClassVar[bool] = False
+    """Does the share that a budget gives stand in for one of its own?"""
 
     def counts(self, blocks: int, keep: float | None = None, extra: int = 0) -> tuple[int, float, int]:
         """Kept blocks out of `blocks`, of which `extra` are of extra tokens: fewest, expected, most."""
@@ -100,6 +105,7 @@ class TopKSpec(RuleSpec):
     """The highest scores: a share of the blocks, or a number of them."""
 
     name: ClassVar[str] = "topk"
+    budgeted: ClassVar[bool] = True
 
     share: float | None = option(None, "share of the key blocks; null: 0.1 where there is no count", gt=0, le=1)
     rounding: Literal["up", "down"] = option("up", "a share that is no whole number of blocks")
@@ -164,8 +170,7 @@ class TopKSpec(RuleSpec):
         return number, number, number
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
-        keeps = scene.keep if isinstance(scene.keep, tuple) else (scene.keep,)
-        numbers = [[self.number(blocks, keep, extra) for keep in keeps] for blocks, extra in real_blocks(scene)]
+        numbers = [[self.number(blocks, keep, extra) for keep in scene.keeps] for blocks, extra in real_blocks(scene)]
         return largest(scores, per_sample(numbers, scores))
 
     def keeps_all(self) -> bool:
@@ -176,25 +181,27 @@ class TopKSpec(RuleSpec):
         return self.soft
 
 
-def _smallest_mass(scores: Tensor, mass: float) -> Tensor:
-    """Bool: the fewest blocks whose softmax over the last dimension reaches `mass`; ties by the lower index."""
-    if mass >= 1:
+def _smallest_mass(scores: Tensor, masses: Sequence[float]) -> Tensor:
+    """Bool: the fewest blocks whose softmax over the last dimension reaches a mass, one for all heads or one each; ties by
+    the lower index."""
+    if min(masses) >= 1:
         # every block has some mass, however little of it a float holds
         return torch.ones_like(scores, dtype=torch.bool)
     weights = scores.softmax(-1)
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     # the first block is kept even where its weight is the whole mass
-    wanted = before < mass
+    wanted = before < scores.new_tensor([mass if mass < 1 else math.inf for mass in masses])[:, None, None]
     wanted[..., 0] = True
     return torch.zeros_like(wanted).scatter_(-1, order, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopPSpec(RuleSpec):
-    """The fewest blocks whose softmax mass reaches p."""
+    """The fewest blocks whose softmax mass reaches p. A budget's share is another p."""
 
     name: ClassVar[str] = "topp"
+    budgeted: ClassVar[bool] = True
 
     p: float = option(0.9, "mass of the row's softmax over block scores", gt=0, le=1)
     floor: float = option(0.0, "never a smaller share of the blocks than this", ge=0, le=1)
@@ -202,12 +209,12 @@ class TopPSpec(RuleSpec):
 
     def counts(self, blocks: int, keep: float | None = None, extra: int = 0) -> tuple[int, float, int]:
         fewest = kept(self.floor, blocks)
-        if self.p == 1:
+        if (self.p if keep is None else keep) == 1:
             return blocks, blocks, blocks
         return fewest, max(fewest, self.expected * blocks), blocks
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
-        found = _smallest_mass(scores, self.p)
+        found = _smallest_mass(scores, [self.p if keep is None else keep for keep in scene.keeps])
         if not self.floor:
             return found
         floors = [[kept(self.floor, blocks)] for blocks, _ in real_blocks(scene)]
@@ -219,9 +226,10 @@ class TopPSpec(RuleSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class TopKOrPSpec(RuleSpec):
-    """What top-k or top-p keeps (SpargeAttention2, arXiv 2602.13515)."""
+    """What top-k or top-p keeps (SpargeAttention2, arXiv 2602.13515). A budget's share is top-k's."""
 
     name: ClassVar[str] = "topk_or_topp"
+    budgeted: ClassVar[bool] = True
 
     share: float = option(0.03, "share of the blocks that top-k keeps", gt=0, le=1)
     p: float = option(0.2, "mass that top-p keeps", gt=0, le=1)
@@ -235,7 +243,7 @@ class TopKOrPSpec(RuleSpec):
 
     def choose(self, scores: Tensor, scene: Scene, lo: int) -> Tensor:
         top = TopKSpec(share=self.share)
-        return top.choose(scores, scene, lo) | _smallest_mass(scores, self.p)
+        return top.choose(scores, scene, lo) | _smallest_mass(scores, (self.p,))
 
     def keeps_all(self) -> bool:
         return self.share == 1 or self.p == 1
@@ -279,7 +287,7 @@ class MeanStdSpec(RuleSpec):
             centred = keys - (keys * some).sum(2, keepdim=True) / blocks.unsqueeze(2)
             spread = (centred.square() * some).sum(2) / blocks
             variance = scene.scale**2 * (queries.square() @ spread.unsqueeze(-1))
-        return scores > mean + self.tau * (variance.clamp(min=0) + 1e-6).sqrt()
+        return scores > mean + self.tau * (variance.clamp(min=0) + LEAST_VARIANCE).sqrt()
 
     def keeps_all(self) -> bool:
         return self.tau is None or self.tau == float("-inf")

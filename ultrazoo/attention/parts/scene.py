@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import UsageError
+from ...kernels.block_map import misfit
 from ...ops.blocks import Blocks, block_counts, block_means, block_sums, block_valid, padded
 from .orders import Place
 
@@ -30,6 +33,20 @@ def in_steps(rows: Rows, like: Tensor, scores: int) -> Rows:
         if hi - lo <= step:
             return rows(lo, hi)
         return torch.cat([rows(at, min(at + step, hi)) for at in range(lo, hi, step)], dim=2)
+
+    return made
+
+
+def checked(name: str, rows: Rows, scene: Scene) -> Rows:
+    """The same rows; UsageError where they are no map of the scene's blocks, which names the selector that made them."""
+    batch, heads = scene.q.shape[:2]
+    selectable = scene.place.selectable
+
+    def made(lo: int, hi: int) -> Tensor:
+        found = rows(lo, hi)
+        if problem := misfit(found, batch, heads, hi - lo, selectable):
+            raise UsageError(f"selector {name!r}: query blocks {lo} to {hi - 1}: {problem}")
+        return found
 
     return made
 
@@ -95,6 +112,11 @@ class Scene:
         """Valid keys per key block, (B | 1, 1, key blocks, 1)."""
         return self.once("n", lambda: block_counts(self.place.keys, self.k.device, self.key_valid))
 
+    @property
+    def keeps(self) -> tuple[float | None, ...]:
+        """`keep` for all heads, or of each."""
+        return self.keep if isinstance(self.keep, tuple) else (self.keep,)
+
     def with_keep(self, keep: float | tuple[float, ...] | None) -> Scene:
         """The same scene for a selector that keeps another share; statistics are shared."""
         other = Scene(**{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "_made"})
@@ -137,3 +159,26 @@ def run_means(z: Tensor, blocks: Blocks, run: int, parts: int, valid: Tensor | N
     sums = torch.nn.functional.pad(wide, (0, 0, 0, lack)).unflatten(3, (parts, run)).sum(4)
     counts = torch.nn.functional.pad(real, (0, lack)).unflatten(3, (parts, run)).sum(4)
     return sums / counts.clamp(min=1)[..., None], counts
+
+
+def ordered_tokens(z: Tensor, place: Place, dim: int = 1) -> Tensor:
+    """The grid's tokens along `dim`, in block order."""
+    if place.order is None:
+        return z
+    return z.index_select(dim, torch.as_tensor(place.order, device=z.device))
+
+
+def ordered(z: Tensor, place: Place) -> Tensor:
+    """(B, N, heads, D) → (B, heads, N, D) in block order, contiguous."""
+    if place.order is None:
+        return z.transpose(1, 2).contiguous()
+    return ordered_tokens(z.transpose(1, 2), place, 2)
+
+
+def restored(y: Tensor, place: Place) -> Tensor:
+    """(B, heads, N, D) in block order → (B, N, heads, D) in the grid's."""
+    if place.order is None:
+        return y.transpose(1, 2)
+    back = np.empty_like(place.order)
+    back[place.order] = np.arange(len(back))
+    return y.transpose(1, 2).index_select(1, torch.as_tensor(back, device=y.device))

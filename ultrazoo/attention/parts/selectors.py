@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...errors import Problem
 from ...spec import Site, Spec, option
 from .orders import Place
-from .scene import Rows, Scene
+from .scene import Rows, Scene, checked
 
 CHUNK = 1 << 22
 """Entries of a static map made at a time."""
@@ -46,6 +46,11 @@ class SelectorSpec(Spec):
     @property
     def by_layer(self) -> bool:
         """Does the map depend on the layer?"""
+        return False
+
+    @property
+    def budgeted(self) -> bool:
+        """Does the share that a `budget` around it gives stand in for one of its own (`Scene.keep`)?"""
         return False
 
     def place_problems(self, place: Place, site: Site) -> list[Problem]:
@@ -248,6 +253,10 @@ class UnionSpec(SelectorSpec):
     def by_layer(self) -> bool:
         return any(one.by_layer for one in self.of)
 
+    @property
+    def budgeted(self) -> bool:
+        return any(one.budgeted for one in self.of)
+
     def problems(self, site: Site) -> list[Problem]:
         if not self.of:
             return [Problem("of", "there are none", "give at least one selector")]
@@ -295,16 +304,16 @@ class UnionSpec(SelectorSpec):
         return any(one.keeps_all() for one in self.of)
 
     def build(self, site: Site) -> nn.Module:
-        return _Union([one.build(site) for one in self.of])
+        return _Union(self, [one.build(site) for one in self.of])
 
 
 class _Union(nn.Module):
-    def __init__(self, parts: Sequence[nn.Module]):
+    def __init__(self, spec: UnionSpec, parts: Sequence[nn.Module]):
         super().__init__()
-        self.of = nn.ModuleList(parts)
+        self.spec, self.of = spec, nn.ModuleList(parts)
 
     def forward(self, scene: Scene) -> Rows:
-        made = [part(scene) for part in self.of]
+        made = [checked(one.name, part(scene), scene) for one, part in zip(self.spec.of, self.of, strict=True)]
 
         def rows(lo: int, hi: int) -> Tensor:
             out = made[0](lo, hi)

@@ -7,6 +7,7 @@ The text refiner keeps its own attention.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ from .processor import refuse_mask, turned_pairs
 CLIP = 17
 """Frames that the VAE makes into one group of latents: the first latent stands for one of them, the others for four."""
 FRAME = 5 / 3
+LATENT = 4
+"""Most frames that a latent stands for."""
 """Units of the time axis in a frame of video, at 24 frames a second; 40 units are a second, and so are 40 audio latents."""
 SPAN = 32.0
 """Units of height and of width of a square picture."""
@@ -118,7 +121,7 @@ class MiniMaxH3Adapter(Adapter):
             (steps[0] if alike else steps).expand(batch, *steps.shape[alike:]),
             start=start,
             coordinates=(t, h, w),
-            own=Beside(_around(arguments, len(places), start, stop)),
+            own=Beside(_around(arguments, places, start, stop)),
         )
 
     def _target(self, places: Tensor, indices: Tensor) -> Raster:
@@ -184,7 +187,7 @@ def clip(grid: Grid, start: float) -> Tensor:
 
     A latent lasts as long as the frames that it stands for; pictures are centred, of area 32 x 32.
     """
-    lasts = torch.tensor([FRAME * (4 if frame % 5 else 1) for frame in range(grid.t)], dtype=torch.float64)
+    lasts = torch.tensor([FRAME * (LATENT if frame % 5 else 1) for frame in range(grid.t)], dtype=torch.float64)
     sides = [
         ((1 - n / (grid.h * grid.w) ** 0.5) / 2 + torch.arange(n, dtype=torch.float64) / (grid.h * grid.w) ** 0.5)
         * SPAN
@@ -197,9 +200,11 @@ KINDS = {"text_indices": "text", "audio_indices": "audio", "video_indices": "ref
 """Which argument names the rows of a kind. Tags do not: pictures inside the prompt have the video's."""
 
 
-def _around(arguments: Mapping[str, Any], length: int, start: int, stop: int) -> tuple[Run, ...]:
-    """Runs of one kind before and after the grid's rows ``start:stop``; a row that nothing names is ``unnamed``."""
+def _around(arguments: Mapping[str, Any], places: Tensor, start: int, stop: int) -> tuple[Run, ...]:
+    """Runs of one kind before and after the grid's rows ``start:stop``; a row that nothing names is ``unnamed``. References
+    are one run per clip or picture, with its grid."""
     names = [*KINDS.values(), "unnamed"]
+    length = len(places)
     kinds = torch.full((length,), len(KINDS))
     for number, argument in enumerate(KINDS):
         kinds[arguments[argument].cpu()] = number
@@ -208,6 +213,24 @@ def _around(arguments: Mapping[str, Any], length: int, start: int, stop: int) ->
         at = first
         values, counts = kinds[first:last].unique_consecutive(return_counts=True)
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-            found.append(Run(names[value], at, at + count))
+            run = Run(names[value], at, at + count)
+            found += _shots(run, places) if run.kind == "reference" else [run]
             at += count
     return tuple(found)
+
+
+def _shots(run: Run, places: Tensor) -> list[Run]:
+    """The clips and pictures that a run holds, each with its grid; the run itself where other rows are among them. A clip's
+    frames follow each other without a gap: two keyframes of one size are two pictures."""
+    found, at = [], run.start
+    for raster in rasters(places[run.start : run.stop]):
+        if run.start + raster.start != at:
+            return [run]
+        _, height, width = raster.grid
+        times = raster.axes[0]
+        gaps = (torch.nonzero(times[1:] - times[:-1] > 1.01 * LATENT * FRAME)[:, 0] + 1).tolist()
+        for first, last in itertools.pairwise([0, *gaps, len(times)]):
+            rows = (last - first) * height * width
+            found.append(Run(run.kind, at, at + rows, Grid(last - first, height, width)))
+            at += rows
+    return found if at == run.stop else [run]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
+from ...grid import Grid
 from .host import ModuleHost
 from .processor import Processor, Stream
 
@@ -23,11 +24,12 @@ Turn = Callable[[Tensor], Tensor]
 
 
 class Run(NamedTuple):
-    """Rows ``start:stop`` of the packed sequence, beside the grid, of one kind."""
+    """Rows ``start:stop`` of the packed sequence, beside the grid, of one kind; on a `grid` of their own or none."""
 
     kind: str
     start: int
     stop: int
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class PackedProcessor(Processor):
                 run.kind,
                 *host.rows(x[:, run.start : run.stop], turn(run)),
                 None if mask is None else mask[:, run.start : run.stop],
+                grid=run.grid,
             )
             for run in beside.runs
         ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...attention.contract import Attention, Extra
 from ...attention.scheduled import Scheduled
 from ...errors import UsageError
+from ...grid import Grid
 from ...spec import Segment
 from ..adapter import Frame, Installed
 from .host import STOCK, ModuleHost, Names
@@ -24,7 +25,8 @@ from .host import STOCK, ModuleHost, Names
 
 @dataclass
 class Stream:
-    """Rows beside the grid at one call: q, k, v (B, n, heads, D) ready for the scores; `key_mask` (B, n), True is real."""
+    """Rows beside the grid at one call: q, k, v (B, n, heads, D) ready for the scores; `key_mask` (B, n), True is real;
+    `grid` where they have one of their own."""
 
     kind: str
     q: Tensor
@@ -33,6 +35,7 @@ class Stream:
     key_mask: Tensor | None = None
     rows: str = "dense"
     keys: str = "always"
+    grid: Grid | None = None
 
 
 class Processor(nn.Module):
@@ -169,7 +172,7 @@ def _extra(streams: Sequence[Stream], x: Tensor) -> Extra:
             ],
             dim=1,
         )
-    segments = tuple(Segment(one.kind, one.q.shape[1], rows=one.rows, keys=one.keys) for one in streams)  # type: ignore[arg-type]
+    segments = tuple(Segment(one.kind, one.q.shape[1], one.grid, one.rows, one.keys) for one in streams)  # type: ignore[arg-type]
     q, k, v = (torch.cat([getattr(one, name) for one in streams], dim=1) for name in ("q", "k", "v"))
     return Extra(q, k, v, mask, segments)
 
