@@ -112,6 +112,7 @@ TABLE: tuple[Row, ...] = (
     _part("selector", "sink", "selectors:SinkSpec", "key blocks of the first frames"),
     _part("selector", "radial", "radial:RadialMapSpec", "bands between frames, thinner with distance"),
     _part("selector", "sliding", "sliding:SlidingSpec", "a window of tiles (STA)"),
+    _part("selector", "frames", "frames:FramesSpec", "key blocks of a window of frames (VDN)"),
     _part("selector", "tokens", "ranges:TokensSpec", "key blocks of a range of tokens"),
     _part("selector", "pooled", "pooled:PooledSpec", "the best scores of block means"),
     _part("selector", "routed", "routed:RoutedSpec", "own blocks and the best, per query or per head (VMoBA)"),

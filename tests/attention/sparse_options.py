@@ -8,6 +8,7 @@ from ultrazoo.attention.block_sparse import BlockSparseSpec
 from ultrazoo.attention.parts.budgets import BudgetSpec
 from ultrazoo.attention.parts.cached import CachedSpec
 from ultrazoo.attention.parts.far import CoarseSpec, DropSpec, FarSpec, MeanSpec
+from ultrazoo.attention.parts.frames import FramesSpec
 from ultrazoo.attention.parts.orders import ColumnsSpec, CurveSpec, OrderSpec, RasterSpec, TilesSpec
 from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.ranges import TokensSpec
@@ -50,7 +51,7 @@ def pooled(draw: random.Random) -> PooledSpec:
 
 
 def selector(draw: random.Random, depth: int = 0) -> SelectorSpec:
-    names = ["pooled"] * 4 + ["all", "band", "sink", "tokens", "budget"] + ["union", "cached"] * 2
+    names = ["pooled"] * 4 + ["all", "band", "sink", "tokens", "frames", "budget"] + ["union", "cached"] * 2
     name = draw.choice(names) if depth < 2 else "pooled"
     if name == "all":
         return AllSpec()
@@ -58,6 +59,8 @@ def selector(draw: random.Random, depth: int = 0) -> SelectorSpec:
         return BandSpec(width=draw.choice([0, 1, 2]))
     if name == "sink":
         return SinkSpec(frames=draw.choice([1, 2, 9]))
+    if name == "frames":
+        return FramesSpec(chunk=draw.choice([1, 2]), radius=draw.choice([0, 1]), anchors=draw.choice(["both", "none"]))
     if name == "tokens":
         return TokensSpec(start=draw.choice([0, 1]), count=draw.choice([1, 2]))
     if name == "union":

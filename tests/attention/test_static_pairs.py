@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from ultrazoo.attention.parts.frames import FramesSpec
 from ultrazoo.attention.parts.orders import RasterSpec, TilesSpec
 from ultrazoo.attention.parts.pooled import PooledSpec
 from ultrazoo.attention.parts.selectors import BandSpec, SelectorSpec, SinkSpec, UnionSpec
 from ultrazoo.attention.parts.sliding import SlidingSpec
 from ultrazoo.grid import Grid
+from ultrazoo.ops.frame_windows import FrameWindows
 from ultrazoo.spec import Site
 
 CASES = [
@@ -37,6 +41,19 @@ def test_pairs_of_a_window_of_tiles(
     held = spec.map(place, at, 0, place.queries.count)[0]
     assert set(spec.bounds(place, at)) == {int(sizes @ held @ sizes)}
     assert not held.all() or all(size >= count for size, count in zip(window, place.tiles or (), strict=True))
+
+
+@pytest.mark.parametrize("anchors", ["both", "none"])
+@pytest.mark.parametrize(("frames", "chunk", "radius"), [(7, 2, 1), (12, 5, 0), (1, 5, 1), (2, 1, 0)], ids=str)
+def test_windows_of_frames_are_vdn_s(frames: int, chunk: int, radius: int, anchors: Any) -> None:
+    """Blocks of one frame: the pairs of VDN's softmax; smaller blocks round outward, and those that fill frames do not."""
+    at = site(Grid(frames, 4, 3))
+    spec = FramesSpec(chunk=chunk, radius=radius, anchors=anchors)
+    due = FrameWindows(frames, chunk, radius, anchors == "both").pairs(12)
+    assert spec.bounds(RasterSpec(block=12).place(at.grid), at).least == due
+    assert spec.bounds(RasterSpec(block=(4, 6)).place(at.grid), at).least == due
+    rounded = spec.bounds(RasterSpec(block=5).place(at.grid), at).least
+    assert due <= rounded <= at.tokens**2
 
 
 def test_a_union_asks_its_only_static_selector_for_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,8 @@ def choose(selector: Options, seen: Looked, keep: Sequence[float] | None = None)
         return sink(range(selector["frames"] * seen.grid[1] * seen.grid[2]), seen).expand(shape)
     if name == "tokens":
         return sink(range(selector["start"], selector["start"] + selector["count"]), seen).expand(shape)
+    if name == "frames":
+        return frames(selector, seen).expand(shape)
     if name == "union":
         found = torch.zeros(shape, dtype=torch.bool)
         for i, part in enumerate(selector["of"]):
@@ -108,6 +110,22 @@ def band(width: int, layout: Layout) -> Tensor:
         near = {token for other in layout.queries[max(0, i - width) : i + width + 1] for token in other}
         for j, key in enumerate(layout.keys[: layout.grid_keys]):
             found[i, j] = bool(near & set(key))
+    return found
+
+
+def frames(options: Options, seen: Looked) -> Tensor:
+    """Blocks with a pair of tokens that see each other: frames of near chunks, or one of them an anchor."""
+    layout, per_frame, last = seen.layout, seen.grid[1] * seen.grid[2], seen.grid[0] - 1
+
+    def sees(query: int, key: int) -> bool:
+        a, b = query // per_frame, key // per_frame
+        anchored = options["anchors"] == "both" and not {a, b}.isdisjoint({0, last})
+        return bool(anchored or abs(a // options["chunk"] - b // options["chunk"]) <= options["radius"])
+
+    found = torch.zeros(len(layout.queries), layout.selectable, dtype=torch.bool)
+    for i in range(layout.grid_queries):
+        for j in range(layout.grid_keys):
+            found[i, j] = any(sees(query, key) for query in layout.queries[i] for key in layout.keys[j])
     return found
 
 
