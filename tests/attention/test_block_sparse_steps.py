@@ -179,6 +179,20 @@ def test_a_new_share_makes_a_kept_map_anew() -> None:
         assert_close(f"step {step}", clip(inputs(step), step), due, EXACT)
 
 
+def test_a_kept_map_of_a_budget_is_made_anew_where_the_share_is_another() -> None:
+    """Steps 0-1 are dense, 2-4 keep one map, 5 has another share, 6 the selector's own and a map of its own."""
+    budget = BudgetSpec(of=TOP, steps={"0-1": 1.0, "2-4": 0.5, "5": 0.2})
+    for of in (budget, UnionSpec(of=(budget, BandSpec(width=0))), CachedSpec(of=budget, every=40)):
+        clip = Clip(spec_of(CachedSpec(of=of, every=30)))
+        for step, (made, share) in enumerate(
+            [(0, 1.0), (0, 1.0), (2, 0.5), (2, 0.5), (2, 0.5), (5, 0.2), (6, 0.3), (6, 0.3)]
+        ):
+            top: Any = PooledSpec(rule=TopKSpec(share=share))
+            alone = UnionSpec(of=(top, BandSpec(width=0))) if isinstance(of, UnionSpec) else top
+            due = under_the_map_of(spec_of(alone), inputs(made), inputs(step))
+            assert_close(f"step {step}", clip(inputs(step), step), due, EXACT)
+
+
 def test_what_has_no_share_has_no_budget() -> None:
     site = Site(dim=24, heads=HEADS, head_dim=SIZE, grid=Grid(*GRID))
     for of in (

@@ -242,6 +242,7 @@ def test_pairs_that_reach_the_kernel(scope: Any, top: Any, layer: int) -> None:
         ({"cycle": [0, 0, 0]}, "cycle"),
         ({"cycle": [1, 1]}, "cycle"),
         ({"p": 0.0}, "p"),
+        ({"p": 0.3, "top": [1, 1, 1]}, "p"),
         ({"p": 1.5}, "p"),
         ({"top": [3, 0, 15]}, "top"),
         ({"top": [3, 20]}, "top"),

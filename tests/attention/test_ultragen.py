@@ -32,6 +32,18 @@ def test_windows_of_even_and_odd_layers(layer: int, local: list[int], regional: 
     assert spec.branches["local"].place(site).q_cuts[0].whole
 
 
+def test_the_coarsest_regional_windows_are_moved_too() -> None:
+    """K/2 + 1 along H and W on odd layers, also where K/2 is one; time stays whole."""
+    site = SITE.at(grid=Grid(1, 12, 12))
+    for windows in (2, 4):
+        for layer in (0, 1):
+            spec = UltraGenSpec(windows=windows).expand(site)
+            assert isinstance(spec, BranchedSpec)
+            (pairs,) = (row.pairs for row in spec.cost(site.at(layer=layer)).branches if row.name == "regional")
+            assert pairs == 36 * 36 // (windows // 2 + layer) ** 2
+            assert spec.branches["regional"].place(site.at(layer=layer)).q_cuts[0].whole
+
+
 def test_a_ragged_released_size_is_resized_as_the_code_does() -> None:
     # 3840x2160, 29 frames: grid (8, 135, 240); 135 rows → 136 for four windows, 67 → 68 for two of the halved map
     spec = UltraGenSpec(variant="released").expand(SITE.at(layer=4, grid=Grid(8, 135, 240)))

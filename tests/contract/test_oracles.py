@@ -106,7 +106,8 @@ def test_resize_equals_torch() -> None:
     [
         (11, {"counts": [4, 4]}, "none", 0, [3, 3, 3, 2]),
         (11, {"counts": [4, 4]}, "repartition", 1, [3, 2, 2, 2, 2]),
-        (11, {"counts": [1, 4]}, "repartition", 1, [11]),
+        (11, {"counts": [1, 4]}, "repartition", 1, [6, 5]),
+        (11, {"counts": [1, 4]}, "repartition", 0, [11]),
         (11, {"size": 4}, "none", 0, [4, 4, 3]),
         (11, {"size": 4}, "roll", 1, [2, 4, 4, 1]),
         (11, {"size": 4}, "roll", 2, [4, 4, 3]),

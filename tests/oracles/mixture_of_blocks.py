@@ -86,7 +86,7 @@ def chosen(laid: Laid, options: dict[str, object], kind: int, tokens: int) -> Te
                     continue
                 own = {(i, mine[i]) for i in queries if (i, mine[i]) in values}
                 if top is None:
-                    taken = by_mass(values, own, options["p"])  # type: ignore[arg-type]
+                    taken = by_mass(values, own, 0.25 if options["p"] is None else options["p"])  # type: ignore[arg-type]
                 else:
                     taken = by_number(values, own, top[kind] * len(queries))  # type: ignore[index]
                 for i, j in taken:

@@ -28,7 +28,8 @@ def counts_at(layout: Mapping[str, Any], shift: Mapping[str, Any], layer: int) -
         return None
     counts = three(layout["counts"], whole=1)
     if shift["name"] == "repartition" and layer % 2 == 1:
-        counts = tuple(k if k == 1 else k + 1 for k in counts)  # type: ignore[assignment]
+        frames, rows, columns = counts
+        counts = (frames if frames == 1 else frames + 1, rows + 1, columns + 1)
     return counts
 
 

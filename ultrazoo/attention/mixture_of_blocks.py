@@ -39,7 +39,12 @@ class MixtureOfBlocksSpec(AttentionSpec):
     cycle: tuple[int, ...] = option((1, 1, 1), "consecutive layers with 1-D, 2-D and 3-D blocks, then again", ge=0)
     first: int = option(0, "the layer that the cycle starts from", ge=0)
     scope: Literal["head", "query"] = option("head", "what is ranked: all pairs of a head, or each query's blocks")
-    p: float = option(0.25, "mass of the scores, moved and scaled to 0 … 1, that is kept", gt=0, le=1)
+    p: float | None = option(
+        None,
+        "mass of the scores, moved and scaled to 0 … 1, that is kept; null: 0.25 where there is no top",
+        gt=0,
+        le=1,
+    )
     top: tuple[int, ...] | None = option(
         None, "blocks per query of 1-D, 2-D and 3-D layers, own one included, instead of p; at most all", ge=1
     )
@@ -53,6 +58,8 @@ class MixtureOfBlocksSpec(AttentionSpec):
             given = getattr(self, path)
             if given is not None and len(given) != count:
                 found.append(Problem(path, f"got {len(given)} numbers", f"give {count}: {meaning}"))
+        if self.p is not None and self.top is not None:
+            found.append(Problem("p", "top is given as well", "give one of them"))
         if not any(self.cycle):
             found.append(Problem("cycle", "has no layer", "at least one number above 0"))
         return found

@@ -35,7 +35,12 @@ class SkipSoftmaxAttentionSpec(AttentionSpec):
         "tile j of row block i is dropped iff exp(max_j s q k - running max) < threshold for every row"
     )
 
-    threshold: float | None = option(None, "weight below which a tile is skipped; 0 skips nothing", ge=0, lt=1)
+    threshold: float | None = option(
+        None,
+        "weight below which a tile is skipped, 0 skips nothing; null: 0.001 where there is no scale_factor",
+        ge=0,
+        lt=1,
+    )
     scale_factor: float | None = option(
         None, "threshold times keys, instead of a threshold; the source: 2822.62 exp(4.388 sparsity) for Wan 2.2", ge=0
     )

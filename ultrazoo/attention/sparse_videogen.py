@@ -63,11 +63,15 @@ class SparseVideoGenSpec(AttentionSpec):
         """Blocks to either side of a query's."""
         return math.ceil(grid.tokens * (1 - math.sqrt(1 - self.density)) / self.block - 1e-9)
 
+    def sunk(self, grid: Grid) -> int:
+        """Blocks that hold a token of the sink."""
+        return -(-min(self.sink, grid.t) * grid.h * grid.w // self.block)
+
     def map(self, grid: Grid, blocks: Blocks, lo: int, hi: int) -> np.ndarray:
         """Bool (hi - lo, blocks) of query blocks lo..hi, the same in both orders."""
         at = np.arange(blocks.count)
         near = np.abs(np.arange(lo, hi)[:, None] - at[None, :]) <= self.band(grid)
-        return near | (at * self.block < self.sink * grid.h * grid.w)[None, :]
+        return near | (at < self.sunk(grid))[None, :]
 
     def pairs(self, grid: Grid) -> int:
         """Pairs per head of the band and the sink: what the map holds, row by row of blocks."""
@@ -75,7 +79,7 @@ class SparseVideoGenSpec(AttentionSpec):
         starts, at, band = np.asarray(blocks.starts), np.arange(blocks.count), self.band(grid)
         first, end = np.maximum(at - band, 0), np.minimum(at + band + 1, blocks.count)
         # the sink's blocks are the first ones; the band may reach into them
-        sink = min(-(-self.sink * grid.h * grid.w // self.block), blocks.count)
+        sink = min(self.sunk(grid), blocks.count)
         keys = starts[end] - starts[first] + starts[np.minimum(sink, first)]
         keys += np.maximum(starts[sink] - starts[end], 0)
         return int(blocks.sizes @ keys)
@@ -209,9 +213,9 @@ class SparseVideoGenAttention(Attention):
         place[order] = torch.arange(grid.tokens, device=q.device)
         missed = []
         for at in (torch.arange(grid.tokens, device=q.device), place):
-            block = at // spec.block
+            block = at // min(spec.block, grid.tokens)
             seen = (block[rows, None] - block[None, :]).abs() <= spec.band(grid)
-            seen |= (block * spec.block < spec.sink * grid.h * grid.w)[None, :]
+            seen |= (block < spec.sunk(grid))[None, :]
             seen = torch.cat([seen, seen.new_ones(count, k.shape[2] - grid.tokens)], dim=1)
             banded = logits.masked_fill(~seen, float("-inf"))
             # a row whose band holds no valid key gives zeros

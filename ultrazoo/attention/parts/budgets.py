@@ -126,6 +126,9 @@ class BudgetSpec(SelectorSpec):
         """The share that is listed for a step; None where none is."""
         return next((share for key, share in (self.steps or {}).items() if in_ranges(key, step)), None)
 
+    def phase(self, step: int) -> Any:
+        return self.share_at(step), self.of.phase(step)
+
     def flops(self, place: Place, site: Site) -> int:
         return self.of.flops(place, site)
 

@@ -40,7 +40,7 @@ class CachedSpec(SelectorSpec):
 
     of: SelectorSpec = option(doc="the selector whose map is kept", kind="selector")
     every: int | None = option(
-        None, "denoising steps between two maps; null: 12, or no end where there is a drift", ge=1
+        None, "a new map at every so many-th denoising step; null: 12, or none where there is a drift", ge=1
     )
     drift: float | None = option(
         None, "how far a head's mean query and key may move before it asks for a new map (HASTE: 8 to 30)", ge=0
@@ -64,9 +64,12 @@ class CachedSpec(SelectorSpec):
     def budgeted(self) -> bool:
         return self.of.budgeted
 
+    def phase(self, step: int) -> Any:
+        return self.of.phase(step)
+
     @property
     def period(self) -> int | None:
-        """Denoising steps between two maps; None where drift alone decides."""
+        """Every so many-th denoising step gets a new map; None where drift alone decides."""
         return EVERY if self.every is None and self.drift is None else self.every
 
     def problems(self, site: Site) -> list[Problem]:
@@ -127,7 +130,16 @@ class _Cached(nn.Module):
             return fresh
         place, step, period = scene.place, scene.step[0], self.spec.period
         turn = None if period is None else step // period
-        made_for = (turn, scene.keep, place.grid, place.queries, place.keys, place.selectable, scene.q.shape[:2])
+        made_for = (
+            turn,
+            self.spec.of.phase(step),
+            scene.keep,
+            place.grid,
+            place.queries,
+            place.keys,
+            place.selectable,
+            scene.q.shape[:2],
+        )
         # head groups and united selectors of one layer share its state: each keeps its own map
         key = ("selector", scene.layer, scene.branch, id(self))
         middle = None if self.spec.drift is None else _middle(scene)

@@ -83,8 +83,8 @@ class WindowsSpec(LayoutSpec):
 
     def _counts(self, layer: int, shift: ShiftSpec) -> tuple[int, int, int]:
         assert self.counts is not None
-        t, h, w = (shift.count(count, layer) if count > 1 else count for count in per_axis(self.counts))
-        return (t, h, w)
+        t, h, w = per_axis(self.counts)
+        return (shift.count(t, layer) if t > 1 else t, shift.count(h, layer), shift.count(w, layer))
 
     def cuts(self, grid: Grid, layer: int, shift: ShiftSpec) -> Cuts:
         cuts: list[AxisCut] = []

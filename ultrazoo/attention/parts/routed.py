@@ -29,6 +29,8 @@ STEP = {"cpu": 1 << 18}
 """Scores among which the lowest is sought at a time, per kind of device; on a CPU as many as its cache holds."""
 STEP_ELSEWHERE = 1 << 24
 _DIGIT = 16
+MASS = 0.25
+"""The published mass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,12 @@ class RoutedSpec(SelectorSpec):
     name: ClassVar[str] = "routed"
 
     scope: Literal["query", "head"] = option("head", "what is ranked: one query's blocks, or all pairs of a head")
-    p: float = option(0.25, "mass of the scores, moved and scaled to 0 … 1, that is kept", gt=0, le=1)
+    p: float | None = option(
+        None,
+        "mass of the scores, moved and scaled to 0 … 1, that is kept; null: 0.25 where there is no count",
+        gt=0,
+        le=1,
+    )
     count: int | None = option(None, "blocks per query, own one included, instead of p; at most all", ge=1)
     expected: float = option(0.18, "kept share that a plan assumes for p; the data decides", gt=0, le=1)
 
@@ -62,8 +69,18 @@ class RoutedSpec(SelectorSpec):
         passes = 1 if self.scope == "query" or everything else 3
         return passes * 2 * place.queries.count * place.selectable * site.inner
 
+    @property
+    def mass(self) -> float:
+        """The mass that is kept where no number of blocks is given."""
+        return MASS if self.p is None else self.p
+
+    def problems(self, site: Site) -> list[Problem]:
+        if self.p is not None and self.count is not None:
+            return [Problem("p", f"count: {self.count} is given as well", "give one of them")]
+        return []
+
     def keeps_all(self) -> bool:
-        return self.count is None and self.p == 1
+        return self.count is None and self.mass == 1
 
     def place_problems(self, place: Place, site: Site) -> list[Problem]:
         return []
@@ -117,7 +134,7 @@ def _of_queries(spec: RoutedSpec, scores: Tensor, own: Tensor) -> Tensor:
     else:
         weights = _scaled(scores, real, (-1,))
         total = weights.sum(-1, keepdim=True)
-        need = spec.p * total - (weights * own).sum(-1, keepdim=True)
+        need = spec.mass * total - (weights * own).sum(-1, keepdim=True)
         reached = (weights * ~own).gather(-1, order).cumsum(-1)
         wanted = (torch.nn.functional.pad(reached, (1, -1)) < need) | (total == 0)
         wanted[..., 0] = True
@@ -264,7 +281,7 @@ class _Cut:
         # a score moved and scaled is (score - low) / (high - low), so that sums of scores tell sums of those
         spread = torch.where(high > low, high - low, 1.0)
         total, mine = sums.sum(-1) + mine - (numbers.sum(-1) + kept) * low, mine - kept * low
-        need = torch.where(total > 0, (spec.p * total - mine) / spread, float("inf"))
+        need = torch.where(total > 0, (spec.mass * total - mine) / spread, float("inf"))
         return _score(self._descend(numbers, sums, need, (low, spread)), self.dtype)
 
     def _descend(self, numbers: Tensor, sums: Tensor, need: Tensor, scale: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -149,16 +149,20 @@ class Scene:
 def run_means(z: Tensor, blocks: Blocks, run: int, parts: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Means of the first `parts` runs of `run` tokens of every block, and how many tokens are in them: (B, heads, N, D) →
     (B, heads, blocks, parts, D) and (B | 1, 1, blocks, parts). A block has no more tokens than that."""
+    # longer runs than the longest block, and runs after its end, have nothing to add
+    run = min(run, blocks.largest)
+    used = -(-blocks.largest // run)
     slots = block_valid(blocks, z.device)
     real = torch.ones(blocks.count, blocks.largest, dtype=torch.bool, device=z.device) if slots is None else slots
     real = real[None, None]
     if valid is not None:
         real = real & padded(valid[:, None, :], blocks)
     wide = padded(z.to(torch.promote_types(z.dtype, torch.float32)), blocks) * real[..., None]
-    lack = run * parts - blocks.largest
-    sums = torch.nn.functional.pad(wide, (0, 0, 0, lack)).unflatten(3, (parts, run)).sum(4)
-    counts = torch.nn.functional.pad(real, (0, lack)).unflatten(3, (parts, run)).sum(4)
-    return sums / counts.clamp(min=1)[..., None], counts
+    lack = run * used - blocks.largest
+    sums = torch.nn.functional.pad(wide, (0, 0, 0, lack)).unflatten(3, (used, run)).sum(4)
+    counts = torch.nn.functional.pad(real, (0, lack)).unflatten(3, (used, run)).sum(4)
+    means = sums / counts.clamp(min=1)[..., None]
+    return torch.nn.functional.pad(means, (0, 0, 0, parts - used)), torch.nn.functional.pad(counts, (0, parts - used))
 
 
 def ordered_tokens(z: Tensor, place: Place, dim: int = 1) -> Tensor:

@@ -53,6 +53,10 @@ class SelectorSpec(Spec):
         """Does the share that a `budget` around it gives stand in for one of its own (`Scene.keep`)?"""
         return False
 
+    def phase(self, step: int) -> Any:
+        """What the map owes to the denoising step alone: maps of steps whose phases are equal may stand for each other."""
+        return None
+
     def place_problems(self, place: Place, site: Site) -> list[Problem]:
         """What is wrong at this size and order."""
         return []
@@ -210,8 +214,9 @@ class BandSpec(SelectorSpec):
         Blocks of queries and keys may differ in size: a key block is near if any of its tokens' blocks is.
         """
         starts, at = np.asarray(place.queries.starts), np.arange(lo, hi)
-        first = starts[np.maximum(at - self.width, 0)]
-        end = starts[np.minimum(at + self.width + 1, place.queries.count)]
+        width = min(self.width, place.queries.count)
+        first = starts[np.maximum(at - width, 0)]
+        end = starts[np.minimum(at + width + 1, place.queries.count)]
         keys = np.asarray(place.keys.starts[: place.selectable + 1])
         return np.searchsorted(keys[1:], first, side="right"), np.searchsorted(keys[:-1], end, side="left")
 
@@ -256,6 +261,9 @@ class UnionSpec(SelectorSpec):
     @property
     def budgeted(self) -> bool:
         return any(one.budgeted for one in self.of)
+
+    def phase(self, step: int) -> Any:
+        return tuple(one.phase(step) for one in self.of)
 
     def problems(self, site: Site) -> list[Problem]:
         if not self.of:

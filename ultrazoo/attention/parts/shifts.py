@@ -54,8 +54,8 @@ class RollSpec(ShiftSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class RepartitionSpec(ShiftSpec):
-    """K windows on even layers, K + 1 on odd ones, so that borders of neighbouring layers cross. An axis that is whole
-    stays whole."""
+    """K windows along H and W on even layers, K + 1 on odd ones, so that borders of neighbouring layers cross; along T too
+    where time is cut, and time that is whole stays whole."""
 
     name: ClassVar[str] = "repartition"
     source: ClassVar[str] = "UltraGen, arXiv 2510.18775, section 4.1"
