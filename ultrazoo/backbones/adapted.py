@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Problem
+from ..errors import Problem, UltrazooError, UsageError
 from ..grid import Grid
 from ..options import FrozenMap
 from ..spec import AttentionSpec, BackboneCost, BackboneSpec, Data, Site, Video, option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from .adapter import Adapter
@@ -30,7 +33,9 @@ class AdaptedSpec(BackboneSpec):
     """A model of another library, by its config. Subclasses say which adapter serves it and how it is made."""
 
     config: Data | None = option(None, "the model's settings, or the path of its config.json or folder")  # type: ignore[assignment]
-    text_tokens: int = option(512, "text tokens that the cost counts", ge=1)
+    text_tokens: int | None = option(
+        None, "text tokens that the cost counts; null means the model's usual number, which is 512 for most", ge=1
+    )
     strides: tuple[int, int, int] | None = option(
         None, "strides of the VAE over (T, H, W), if not the usual ones", ge=1
     )
@@ -80,8 +85,32 @@ class AdaptedSpec(BackboneSpec):
         found = self.adapter().geometry(self.settings())
         return found if self.strides is None else replace(found, strides=self.strides)
 
+    def settled(self, beside: Callable[[str, str], Path]) -> tuple[AdaptedSpec | None, str | None, list[Problem]]:
+        return self.usual(), None, []
+
+    def usual(self) -> Self:
+        """This spec without a number of text tokens that is the usual one: both mean the same model."""
+        same = self.text_tokens == self.adapter().text_tokens(self.settings())
+        return replace(self, text_tokens=None) if same else self
+
+    @property
+    def words(self) -> int:
+        """Text tokens that the cost counts."""
+        return self.adapter().text_tokens(self.settings()) if self.text_tokens is None else self.text_tokens
+
     def problems(self, site: Site | None = None) -> list[Problem]:
-        return [one.under("config") for one in self.adapter().problems(self.settings())]
+        found = [one.under("config") for one in self.adapter().problems(self.settings())]
+        if site is None or found:
+            return found
+        found = self.adapter().fits(self.settings(), site.grid, self.words)
+        # a grid that is not known yet stands as one token, which models made for one size refuse
+        if found or site.grid == Grid(1, 1, 1):
+            return found
+        try:
+            _cost(self, site.grid)
+        except Unrunnable as error:
+            return [Problem("config", str(error))]
+        return []
 
     def paths(self) -> list[str]:
         """Module path of every layer's attention, in execution order."""
@@ -98,7 +127,7 @@ class AdaptedSpec(BackboneSpec):
         site = adapter.site(settings).at(grid=grid, layers=self.layers)
         found: list[Site] = []
         for group, count in self.groups().items():
-            extra = adapter.beside(settings, group, self.text_tokens)
+            extra = adapter.beside(settings, group, self.words)
             found += [site.at(layer=len(found) + i, extra=extra) for i in range(count)]
         return tuple(found)
 
@@ -106,27 +135,44 @@ class AdaptedSpec(BackboneSpec):
         return _cost(self, grid)
 
 
+class Unrunnable(UsageError):
+    """A model whose settings cannot be read, that cannot be made, or whose own forward fails."""
+
+
+@contextmanager
+def own_errors(doing: str) -> Iterator[None]:
+    """Errors of the library that the model is of, which may be of any kind, as `Unrunnable`."""
+    try:
+        yield
+    except UltrazooError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise Unrunnable(f"{doing}: {type(error).__name__}: {first[:200]}") from error
+
+
 @cache
 def _cost(spec: AdaptedSpec, grid: Grid) -> BackboneCost:
     """Counted by torch on the meta device: a forward of the model at `grid`, batch 1, its attentions left out.
 
     Elements are estimates: twice the stream for what lives across layers, five streams inside a layer (its widest hidden
-    row), and 22 streams kept for a backward.
+    row), and 22 streams kept for a backward. Raises UsageError where the model cannot be made or run.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     adapter, settings = spec.adapter(), spec.settings()
     # without gradients: the counter looks for the history of every input of a module that wants one
-    model = spec.make().to("meta").eval().requires_grad_(False)
+    with own_errors(f"{adapter.model} cannot be made with these settings"):
+        model = spec.make().to("meta").eval().requires_grad_(False)
 
     def make(*shape: int) -> Tensor:
         return torch.zeros(shape, device="meta", dtype=dtype)
 
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    arguments = adapter.inputs(settings, grid, 1, spec.text_tokens, make)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        adapter.count(model, arguments)
+    fails = f"{adapter.model}'s own forward fails at grid {grid} with {spec.words} text tokens"
+    with own_errors(fails), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        adapter.count(model, adapter.inputs(settings, grid, 1, spec.words, make))
     counts = {name: sum(row.values()) for name, row in counter.get_flop_counts().items()}
     prefix = type(model).__name__
 

@@ -29,6 +29,10 @@ Config = Mapping[str, Any]
 """A model's settings as its ``config.json`` holds them."""
 
 
+TEXT_TOKENS = 512
+"""Text tokens of a prompt, for models that take any number."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """The facts of one forward.
@@ -60,6 +64,26 @@ class Frame:
             for values, at in zip(self.coordinates, (positions.t, positions.h, positions.w), strict=True)
         )
         return positions._replace(t=t, h=h, w=w)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a host's attention keeps the numbers of one projection: the path of a parameter inside it, and the rows and the
+    columns (first, past the last) that are the projection's; None means all. Without a `place` the host has no such
+    projection and hands on what it is given."""
+
+    place: str | None
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The projection's own numbers of the whole `parameter`."""
+        if self.rows is not None:
+            parameter = parameter[slice(*self.rows)]
+        # a bias has none
+        if self.columns is not None and parameter.ndim > 1:
+            parameter = parameter[:, slice(*self.columns)]
+        return parameter
 
 
 def _between(values: Tensor, at: Tensor) -> Tensor:
@@ -102,6 +126,14 @@ class Adapter:
 
     def problems(self, config: Config) -> list[Problem]:
         """Settings that the adapter cannot serve, paths relative to the config."""
+        return []
+
+    def text_tokens(self, config: Config) -> int:
+        """Text tokens that the cost counts where a recipe does not say how many."""
+        return TEXT_TOKENS
+
+    def fits(self, config: Config, grid: Grid, text_tokens: int) -> list[Problem]:
+        """What the model cannot run at this size, paths relative to the backbone: `text_tokens`, ``config.…``."""
         return []
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:

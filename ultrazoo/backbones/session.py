@@ -79,6 +79,9 @@ class Session:
 
         Step 0 begins a clip: whatever the attentions kept for that branch is dropped.
         """
+        for name, number in (("step", step), ("count", count)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise UsageError(f"{name} is a whole number, got {number!r}")
         if not 0 <= step < count:
             raise UsageError(f"step {step} of {count} does not exist: steps are 0 to {count - 1}")
         if step == 0:

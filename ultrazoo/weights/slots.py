@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..attention.contract import Attention
 from ..errors import UltrazooError
 from ..ops import init
+from .copies import Held, copied
 from .match import Match
 from .reader import Checkpoint
 from .tensors import Entry
@@ -127,6 +128,7 @@ class Values:
         match: Match | None = None,
         checkpoint: Checkpoint | None = None,
     ):
+        self._model = model
         self.slots = slots_of(model)
         self.seed = seed
         self.dtype = dtype
@@ -134,7 +136,7 @@ class Values:
         self._checkpoint = checkpoint
         self._by_name = {slot.name: slot for slot in self.slots}
         self._attentions = attention_paths(model)
-        self._hosts = {path: part for path, part in model.named_modules() if hasattr(part, "projection_names")}
+        self._by_place = {(id(module), name): slot for slot in self.slots for module, name in slot.places}
 
     def entry(self, slot: Slot) -> Entry:
         """The shape and type of what `tensor` gives for `slot`."""
@@ -158,7 +160,8 @@ class Values:
         try:
             value = init.value_of(module, name)
             if isinstance(value, init.Copy):
-                return self._copied(slot, value).to(dtype)
+                path = next(path for path in self._attentions if slot.name.startswith(f"{path}."))
+                return copied(self._model, path, slot.name, value, slot.shape, self._read).to(dtype)
             return init.make(value, slot.shape, seeded(self.seed, slot.name)).to(dtype)
         except ValueError as error:
             raise UltrazooError(f"{slot.name}: {error}") from error
@@ -170,19 +173,10 @@ class Values:
         assert self._checkpoint is not None
         return self.entry(self._by_name[name]).dtype == self._checkpoint.entries[self._reused[name]].dtype
 
-    def _copied(self, slot: Slot, value: init.Copy) -> Tensor:
-        """The value of the host's parameter that `slot` starts as: reused or fresh, as the host's own."""
-        block = next(path for path in self._attentions if slot.name.startswith(f"{path}.")).rpartition(".")[0]
-        sources = [
-            f"{path}.{module.projection_names[value.source]}"
-            for path, module in self._hosts.items()
-            if path.rpartition(".")[0] == block and value.source in module.projection_names
-        ]
-        if len(sources) != 1 or sources[0] not in self._by_name:
-            raise UltrazooError(f"{slot.name} starts as the host's {value.source!r}, and no host beside it has that")
-        source = self._by_name[sources[0]]
-        assert source.shape == slot.shape, f"{slot.name} {slot.shape} starts as {source.name} {source.shape}"
-        return self.tensor(source)
+    def _read(self, held: Held) -> Tensor | None:
+        """The value of the host's parameter that a slot starts as: reused or fresh, as the host's own."""
+        slot = self._by_place.get((id(held.module), held.name))
+        return None if slot is None else self.tensor(slot)
 
 
 def stream(slots: Iterable[Slot], make: Callable[[Slot], Tensor]) -> Iterator[tuple[str, Tensor]]:

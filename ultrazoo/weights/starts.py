@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ..attention.contract import Attention
 from ..errors import UsageError
 from ..ops import init
+from .copies import Held, copied
+from .match import INSIDE
 from .plain import require_plain
 from .slots import attention_paths, seeded
 from .tensors import PLAIN
@@ -38,7 +41,8 @@ def start_parameters(model: nn.Module, seed: int) -> int:
                 full = ".".join(part for part in (path, name, own) if part)
                 value = init.value_of(module, own)
                 if isinstance(value, init.Copy):
-                    made = _copied(model, path, value.source, full, parameter.shape)
+                    read = partial(_read, model, path.partition(INSIDE)[0], full)
+                    made = copied(model, path, full, value, parameter.shape, read)
                 else:
                     made = init.make(value, parameter.shape, seeded(seed, full))
                 kind = dtype if made.is_floating_point() else made.dtype
@@ -69,28 +73,14 @@ def _kind(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     return dtype, device
 
 
-def _copied(model: nn.Module, path: str, source: str, full: str, shape: torch.Size) -> Tensor:
-    """The host's parameter that `full` starts as a copy of; `path` is the attention's module path."""
-    at, _, _ = path.partition(".processor.")
-    host = model.get_submodule(at)
-    processor: Any = host.processor
-    which, _, part = source.partition(".")
-    place, third = processor.parameter(host, which, part)
-    below, _, name = place.rpartition(".")
-    linear = host.get_submodule(below)
+def _read(model: nn.Module, host: str, full: str, held: Held) -> Tensor | None:
+    """The parameter of the host at the path `host` that `full` starts as a copy of, where it is a plain one."""
     why = f"the start of {full} as its copy (adapt: shared and lora read no weights)"
-    with _present(model, linear, f"{at}.{below}", why):
-        if linear is not host:
-            require_plain(linear, f"{at}.{below}", why)
-        found = getattr(linear, name)
-        if found is None:
-            # a copy of a projection without bias
-            return torch.zeros(shape)
-        if third is not None:
-            found = found.chunk(3, dim=0)[third]
-        if found.shape != shape:
-            raise UsageError(f"{at}.{place} is {tuple(found.shape)}, {full} {tuple(shape)}: it cannot be a copy")
-        return found.detach().clone()
+    with _present(model, held.module, held.path, why):
+        if held.path != host:
+            require_plain(held.module, held.path, why)
+        found = getattr(held.module, held.name)
+        return None if found is None else found.detach().clone()
 
 
 @contextlib.contextmanager

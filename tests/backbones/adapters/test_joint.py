@@ -48,14 +48,6 @@ def test_cached_references_are_refused(more):
         model(**arguments(FLUX2, "references", TINY[FLUX2].grids[0]), **more)
 
 
-def test_copies_of_a_packed_projection_are_refused():
-    model = made(FLUX2)
-    own = {"layout": {"name": "windows", "counts": [1, 1]}, "adapt": {"name": "own"}}
-    with pytest.raises(UsageError, match="to_qkv_mlp_proj"):
-        ultrazoo.apply(model, recipe(FLUX2, {"name": "branched", "branches": {"all": own}}))
-    assert "ultrazoo" not in vars(model)
-
-
 def test_images_of_several_sizes_and_of_several_parts_are_refused():
     model = made(Z)
     ultrazoo.apply(model, recipe(Z, "full"))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import Problem, UsageError
 from ...grid import Grid
 from ...spec import Rope, Segment, Site
 from ..adapter import Adapter, Config, Frame
@@ -64,6 +64,18 @@ class CogVideoXAdapter(Adapter):
 
     def beside(self, config: Config, group: str, text_tokens: int) -> tuple[Segment, ...]:
         return (Segment("text", text_tokens),)
+
+    def text_tokens(self, config: Config) -> int:
+        return int(config["max_text_seq_length"])
+
+    def fits(self, config: Config, grid: Grid, text_tokens: int) -> list[Problem]:
+        due, added = config["max_text_seq_length"], not config["use_rotary_positional_embeddings"]
+        if text_tokens == due or not (added or config["use_learned_positional_embeddings"]):
+            return []
+        rule = (
+            f"{text_tokens} text tokens, and positions are added to text and video together for exactly {due} of text"
+        )
+        return [Problem("text_tokens", rule, f"write {due}, or leave it out")]
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:
         _, frames, _, height, width = arguments["hidden_states"].shape

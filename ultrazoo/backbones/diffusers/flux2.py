@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...errors import UsageError
 from ...grid import Grid
 from ...spec import Rope, Segment, Site
-from ..adapter import Adapter, Config, Frame
+from ..adapter import Adapter, Config, Frame, Part
 from ..geometry import Geometry
 from .host import ADDED, ModuleHost, Names
 from .processor import Processor, Stream, refuse_mask, turned_pairs
@@ -88,6 +88,12 @@ class Flux2SingleProcessor(Processor):
             if kind in found:
                 parts[kind] = attn.to_out(torch.cat([found[kind], hidden[:, rows]], dim=-1))  # type: ignore[operator]
         return torch.cat([parts[kind] for kind in ("text", "target", "reference") if kind in parts], dim=1)
+
+    def parameter(self, attn: Any, which: str, part: str) -> Part:
+        if which != "o":
+            # the feed-forward's rows come after those of q, k and v
+            return self.third(f"{self.names.q}.{part}", which)
+        return Part(f"{self.names.out}.{part}", columns=(0, self.attention.site.width))
 
 
 class PackedHost(ModuleHost):

@@ -12,14 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...errors import Problem
 from ...grid import Grid
 from ...spec import Rope, Site
 from ..adapter import Adapter, Config, Frame
 from ..geometry import Geometry
 from .host import Names
 from .processor import Processor, Stream, refuse_mask, turned_pairs
+from .tables import too_long
 
 NAMES = Names("to_query", "to_key", "to_value", "query_norm", "key_norm", "out_layer", fused="to_qkv")
+
+PLACES, WORDS = 128, 2048
+"""Positions in the model's rotary tables: of an axis of the video, and of the text. No setting changes them."""
 
 
 class Kandinsky6Processor(Processor):
@@ -70,6 +75,13 @@ class Kandinsky6Adapter(Adapter):
         dim = config["model_dim"]
         rope = Rope(axes=(t, h, w))
         return Site(dim=dim, heads=dim // (t + h + w), head_dim=t + h + w, qk_norm=True, rope=rope)
+
+    def fits(self, config: Config, grid: Grid, text_tokens: int) -> list[Problem]:
+        found = too_long(grid, PLACES)
+        if text_tokens > WORDS:
+            rule = f"{text_tokens} text tokens, the model's table holds {WORDS} positions of text"
+            found.append(Problem("text_tokens", rule, f"write {WORDS} or less"))
+        return found
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:
         size = arguments["hidden_states"].shape[1:4]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...errors import Problem
 from ...grid import Grid
 from ...spec import Site
 from ..adapter import Adapter, Config, Frame
@@ -51,11 +52,35 @@ class PixArtAdapter(Adapter):
     def processor(self, group: str) -> type[nn.Module]:
         return PixArtProcessor
 
+    def problems(self, config: Config) -> list[Problem]:
+        found = []
+        dim, cross = self.site(config).dim, config["cross_attention_dim"]
+        if config["caption_channels"] is not None and cross not in (None, dim):
+            rule = f"captions are projected to {dim} channels, the cross-attention reads {cross}"
+            found.append(Problem("cross_attention_dim", rule, f"write {dim}, or caption_channels: null"))
+        if _conditioned(config) and dim % 3:
+            rule = f"resolution and aspect ratio are embedded in thirds of {dim} channels, which 3 does not divide"
+            fix = "write false, or other num_attention_heads and attention_head_dim; it is true at sample_size 128 if not given"
+            found.append(Problem("use_additional_conditions", rule, fix))
+        return found
+
     def inputs(self, config: Config, grid: Grid, batch: int, text_tokens: int, make: Callable[..., Tensor]) -> Any:
         patch = config["patch_size"]
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if _conditioned(config):
+            # height and width in pixels, and their quotient
+            added = {"resolution": make(batch, 2).abs() * 1000, "aspect_ratio": make(batch, 1).abs()}
+        # without a projection of captions the text goes to the cross-attention as it is
+        channels = config["caption_channels"] or config["cross_attention_dim"]
         return {
             "hidden_states": make(batch, config["in_channels"], grid.h * patch, grid.w * patch),
-            "encoder_hidden_states": make(batch, text_tokens, config["caption_channels"]),
+            "encoder_hidden_states": None if channels is None else make(batch, text_tokens, channels),
             "timestep": make(batch).abs() * 100,
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            "added_cond_kwargs": added,
         }
+
+
+def _conditioned(config: Config) -> bool:
+    """Whether the model takes resolution and aspect ratio, as it decides that itself."""
+    given = config["use_additional_conditions"]
+    return bool(config["sample_size"] == 128 if given is None else given)

@@ -19,7 +19,7 @@ from ...attention.scheduled import Scheduled
 from ...errors import UsageError
 from ...grid import Grid
 from ...spec import Segment
-from ..adapter import Frame, Installed
+from ..adapter import Frame, Installed, Part
 from .host import STOCK, ModuleHost, Names
 
 
@@ -98,15 +98,28 @@ class Processor(nn.Module):
         y, rest = found
         return y, list(rest.split([stream.q.shape[1] for stream in streams], dim=1))
 
-    def parameter(self, attn: Any, which: str, part: str) -> tuple[str, int | None]:
-        """Where `attn` keeps the `part` (weight, bias) of projection `which` (q, k, v, o): its path, and which third of it
-        that is where the three are one."""
+    def parameter(self, attn: Any, which: str, part: str) -> Part:
+        """Where `attn` keeps the `part` (weight, bias) of projection `which` (q, k, v, o). Raises UsageError for a host that
+        keeps no such linear."""
         # the stock path reads only the fused copy then: the others may be stale
         if which != "o" and getattr(attn, "fused_projections", False) and hasattr(attn, self.names.fused):
-            return f"{self.names.fused}.{part}", "qkv".index(which)
+            return self.third(f"{self.names.fused}.{part}", which)
         name = self.names.out if which == "o" else getattr(self.names, which)
-        inside = ".0" if isinstance(getattr(attn, name), nn.ModuleList) else ""
-        return f"{name}{inside}.{part}", None
+        linear = getattr(attn, name, None)
+        if linear is None and which == "o":
+            # the output projection is the block's own
+            return Part(None)
+        if linear is None:
+            raise UsageError(
+                f"{self.installed.adapter.model}: layer {self.layer} has no linear {name!r} that a parameter of "
+                f"{self.attention.spec.name} could start as a copy of (adapt: shared and lora read no weights)"
+            )
+        return Part(f"{name}{'.0' if isinstance(linear, nn.ModuleList) else ''}.{part}")
+
+    def third(self, place: str, which: str) -> Part:
+        """`which` of q, k and v in a parameter at `place` that begins with the rows of all three."""
+        width, index = self.attention.site.width, "qkv".index(which)
+        return Part(place, rows=(index * width, (index + 1) * width))
 
     def _aside(self) -> bool:
         """Whether this step belongs to the model's own attention."""

@@ -12,13 +12,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import Problem, UsageError
 from ...grid import Grid
 from ...spec import Rope, Segment, Site
 from ..adapter import Adapter, Config, Frame
 from ..geometry import Geometry
 from .host import ADDED
 from .processor import Processor, Stream, refuse_mask, turned_complex
+from .tables import too_long
+
+PLACES = 4096
+"""Positions in the model's rotary tables. No setting changes them."""
 
 
 class QwenImageProcessor(Processor):
@@ -71,6 +75,14 @@ class QwenImageAdapter(Adapter):
 
     def beside(self, config: Config, group: str, text_tokens: int) -> tuple[Segment, ...]:
         return (Segment("text", text_tokens),)
+
+    def fits(self, config: Config, grid: Grid, text_tokens: int) -> list[Problem]:
+        # positions of the image are centred, those of the text begin where they end
+        most = PLACES - max(grid.h // 2, grid.w // 2)
+        if text_tokens <= most:
+            return too_long(grid, PLACES)
+        rule = f"{text_tokens} text tokens, the model's table holds {most} positions of text beside a grid of {grid}"
+        return [Problem("text_tokens", rule, f"write {most} or less" if most > 0 else "give a smaller image")]
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:
         x, shapes = arguments["hidden_states"], arguments["img_shapes"]

@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...errors import Problem
 from ...grid import Grid
 from ...spec import Rope, Site
 from ..adapter import Adapter, Config, Frame
 from ..geometry import Geometry
 from .processor import Processor, refuse_mask
+from .tables import too_long
 
 
 class SanaVideoProcessor(Processor):
@@ -58,6 +60,9 @@ class SanaVideoAdapter(Adapter):
 
     def layer_flops(self, config: Config, path: str, site: Site, flops: Callable[[str], int]) -> int:
         return flops(self.block(path)) - flops(path)
+
+    def fits(self, config: Config, grid: Grid, text_tokens: int) -> list[Problem]:
+        return too_long(grid, config["rope_max_seq_len"], "rope_max_seq_len")
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:
         x, timestep = arguments["hidden_states"], arguments["timestep"]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...attention.full import dense_cost
+from ...errors import Problem
 from ...grid import Grid
 from ...spec import Segment, Site
 from ..adapter import Adapter, Config, Frame
@@ -62,6 +63,13 @@ class SD3Adapter(Adapter):
 
     def beside(self, config: Config, group: str, text_tokens: int) -> tuple[Segment, ...]:
         return () if group == "image" else (Segment("text", text_tokens),)
+
+    def fits(self, config: Config, grid: Grid, text_tokens: int) -> list[Problem]:
+        most = config["pos_embed_max_size"]
+        if most is None or max(grid.h, grid.w) <= most:
+            return []
+        rule = f"the model holds positions of {most} x {most} tokens, the grid is {grid}"
+        return [Problem("config.pos_embed_max_size", rule, f"give a smaller video, or write {max(grid.h, grid.w)}")]
 
     def layer_flops(self, config: Config, path: str, site: Site, flops: Callable[[str], int]) -> int:
         if path.endswith(".attn2"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...errors import Problem, UsageError, listed, near
 from ...options import FrozenMap, frozen, got
 from ...spec import option
-from ..adapted import AdaptedSpec, build_adapted, start_foreign
+from ..adapted import AdaptedSpec, Unrunnable, build_adapted, own_errors, start_foreign
 from ..folder import settings_at
 from . import ADAPTERS, adapter_named, class_name_of
 
@@ -70,7 +70,13 @@ class DiffusersSpec(AdaptedSpec):
         if found:
             return None, None, found
         kept = {name: value for name, value in content.items() if not name.startswith("_")}
-        return replace(self, model=model, config=frozen(kept), pretrained=None), brought, []
+        spec = replace(self, model=model, config=frozen(kept), pretrained=None)
+        try:
+            with own_errors(f"settings that {model} cannot have"):
+                spec.paths(), spec.geometry, spec.adapter().site(spec.settings())
+                return spec.usual(), brought, []
+        except Unrunnable as error:
+            return None, None, [Problem(key, str(error))]
 
     def _class(self, content: Mapping[str, Any], key: str) -> tuple[str, list[Problem]]:
         """The class named by `model` or by the config, or a problem."""

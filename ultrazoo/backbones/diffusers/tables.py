@@ -1,4 +1,5 @@
-"""Coordinates read back from a rotary table that the caller made: for models that are handed cosines and sines alone."""
+"""Rotary tables: coordinates read back from one that the caller made, for models that are handed cosines and sines alone;
+and grids that are longer than a model's own."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import math
 
 import torch
 from torch import Tensor
+
+from ...errors import Problem
+from ...grid import Grid
 
 
 def coordinates(cos: Tensor, sin: Tensor, base: float) -> Tensor:
@@ -25,3 +29,12 @@ def coordinates(cos: Tensor, sin: Tensor, base: float) -> Tensor:
             turns = torch.zeros_like(turns)
         found = (angles[:, pair] + 2 * math.pi * turns) / speed
     return found
+
+
+def too_long(grid: Grid, places: int, setting: str = "") -> list[Problem]:
+    """A problem where an axis of `grid` is longer than the model's tables of `places` positions, which `setting` makes."""
+    if max(grid) <= places:
+        return []
+    rule = f"the model's rotary tables hold {places} positions on each axis, the grid is {grid}"
+    longer = f", or write {max(grid)}" if setting else ""
+    return [Problem(f"config.{setting}" if setting else "", rule, f"give a smaller video{longer}")]

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...errors import Problem
 from ...grid import Grid
 from ...spec import Rope, Site
 from ..adapter import Adapter, Config, Frame
 from ..geometry import Geometry
 from .processor import Processor, refuse_mask
+from .tables import too_long
 
 
 class WanProcessor(Processor):
@@ -52,6 +54,9 @@ class WanAdapter(Adapter):
         side = 2 * (head_dim // 6)
         rope = Rope(axes=(head_dim - 2 * side, side, side))
         return Site(dim=heads * head_dim, heads=heads, head_dim=head_dim, qk_norm=True, rope=rope)
+
+    def fits(self, config: Config, grid: Grid, text_tokens: int) -> list[Problem]:
+        return too_long(grid, config["rope_max_seq_len"], "rope_max_seq_len")
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:
         t, h, w = (

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import Problem, UsageError
 from ...grid import Grid
 from ...ops.rope import frequencies
 from ...spec import Rope, Segment, Site
-from ..adapter import Adapter, Config, Frame
+from ..adapter import TEXT_TOKENS, Adapter, Config, Frame
 from ..geometry import Geometry
 from .processor import Processor, Stream, turned_complex
 
@@ -86,6 +86,19 @@ class ZImageAdapter(Adapter):
 
     def beside(self, config: Config, group: str, text_tokens: int) -> tuple[Segment, ...]:
         return (Segment("text", text_tokens + -text_tokens % MULTIPLE),)
+
+    def text_tokens(self, config: Config) -> int:
+        # what the tables hold beside one image, where that is less
+        return max(1, min(TEXT_TOKENS, (config["axes_lens"][0] - 2) // MULTIPLE * MULTIPLE))
+
+    def fits(self, config: Config, grid: Grid, text_tokens: int) -> list[Problem]:
+        # a text's positions begin at 1, an image's behind those of the padded text
+        due = [text_tokens + -text_tokens % MULTIPLE + 1 + grid.t, grid.h, grid.w]
+        held = list(config["axes_lens"])
+        if all(one <= other for one, other in zip(due, held, strict=True)):
+            return []
+        rule = f"the rotary tables hold {held} positions, grid {grid} behind {text_tokens} text tokens needs {due}"
+        return [Problem("config.axes_lens", rule, "give a smaller video, fewer text_tokens or longer tables")]
 
     def frame(self, config: Config, arguments: Mapping[str, Any]) -> Frame:
         images = arguments["x"]

@@ -109,7 +109,7 @@ class TimmSpec(AdaptedSpec):
             return None, None, [Problem("model", rule, f"adapters serve {self.serves()}")]
         if wrong:
             return None, None, [Problem("config", wrong)]
-        return replace(self, config=config), None, []
+        return replace(self, config=config).usual(), None, []
 
     def _brought(
         self, path: Path, beside: Callable[[str, str], Path]

@@ -19,7 +19,7 @@ from ...attention.contract import Positions
 from ...errors import UsageError
 from ...grid import Grid
 from ...spec import Rope, Segment, Site
-from ..adapter import Adapter, Config, Frame
+from ..adapter import Adapter, Config, Frame, Part
 from ..diffusers.host import Names
 from ..diffusers.physical import TableHost
 from ..diffusers.processor import Processor, Stream
@@ -125,12 +125,12 @@ class VitProcessor(Processor):
             return y
         return torch.cat([host.out_of(torch.cat(others, dim=1), x[:, :front]), y], dim=1)
 
-    def parameter(self, attn: Any, which: str, part: str) -> tuple[str, int | None]:
+    def parameter(self, attn: Any, which: str, part: str) -> Part:
         if attn.qkv is None or which == "o":
             return super().parameter(attn, which, part)
         if part == "bias" and getattr(attn, "q_bias", None) is not None:
-            return f"{which}_bias", None
-        return f"qkv.{part}", "qkv".index(which)
+            return Part(f"{which}_bias")
+        return self.third(f"qkv.{part}", which)
 
 
 class EvaProcessor(VitProcessor):
