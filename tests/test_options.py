@@ -147,15 +147,15 @@ def test_specs_in_data_are_taken_as_they_are() -> None:
         ({"kernel": 3}, "kernel", "expected the name of a kernel"),
         ({"inner": "ful"}, "inner", "did you mean 'full'?"),
         ({"inner": 3}, "inner", "expected an attention"),
-        ({"either": "some"}, "either", "expected a whole number or one of all"),
-        ({"either": True}, "either", "expected a whole number or one of all, got true"),
+        ({"either": "some"}, "either", "expected a whole number or all"),
+        ({"either": True}, "either", "expected a whole number or all, got true"),
         ({"order": []}, "order", "nested list of names"),
         ({"order": ["a", 3]}, "order.1", "nested list of names"),
         ({"weights": {"a": "x"}}, "weights.a", "expected a number"),
         ({"weights": {"a": math.nan}}, "weights.a", "finite"),
         ({"weights": {"a": 10**400}}, "weights.a", "finite"),
         ({"weights": {3: 1.0}}, "weights.3", "names are text"),
-        ({"weights": [1]}, "weights", "expected a mapping of names to values, each a number or null"),
+        ({"weights": [1]}, "weights", "expected a mapping of names to numbers, or null, got [1]"),
         ({"branches": {"a": None}}, "branches.a", "expected a mapping with the options of 'a'"),
         (
             {"branches": {"a": {"layout": {"name": "acme/tiles", "cuonts": 3}}}},
@@ -165,7 +165,7 @@ def test_specs_in_data_are_taken_as_they_are() -> None:
         (
             {"branches": {"a": {"layout": {"name": "acme/tiles", "counts": [1]}}}},
             "branches.a.layout.counts",
-            "a whole number or a list of 2 or 3, got [1]",
+            "a whole number or a list of 2 or 3 whole numbers, got [1]",
         ),
         (
             {"branches": {"a": {"layout": {"name": "acme/tiles", "counts": [1, 0]}}}},
@@ -242,7 +242,7 @@ def test_declared_rows_describe_the_class() -> None:
     assert rows["branches"].required
     assert expected(rows["inner"]) == "an attention or null"
     assert {row.name: expected(row) for row in declared(Branch)}["adapt"] == "one of shared, lora"
-    assert expected(declared(Tiles)[0]) == "a whole number or a list of 2 or 3"
+    assert expected(declared(Tiles)[0]) == "a whole number or a list of 2 or 3 whole numbers"
 
 
 @dataclass(frozen=True, kw_only=True)

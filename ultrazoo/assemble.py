@@ -55,7 +55,7 @@ def build(
     come from. Raises RecipeError with all problems, WeightsError when the recipe's weights do not fit.
     """
     plan = plan_of(source, *overrides, dtype=dtype)
-    where = torch.device(device) if device is not None else torch.get_default_device()
+    where = _device(device)
     kind = DTYPES[plan.resolved.dtype]
     model = skeleton(plan)
     if where.type == "meta":
@@ -193,13 +193,23 @@ def from_pretrained(
         plan = plan_of(plan, dtype=dtype)
     config.require_files(place, content["weights"])
     model = skeleton(plan)
-    where = torch.device(device) if device is not None else torch.get_default_device()
+    where = _device(device)
     with open_checkpoint(_weights_file(place)) as checkpoint:
         found = _match(plan, model, checkpoint, "ultrazoo", whole=True)
         kind = None if dtype is None else DTYPES[plan.resolved.dtype]
         _fill(Values(model, seed=plan.resolved.seed, dtype=kind, match=found, checkpoint=checkpoint), where)
     model.origin = content["origin"]
     return model.eval()
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, torch's default where none is given. Raises UsageError for a name that torch does not know."""
+    if device is None:
+        return torch.get_default_device()
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def plan_of(source: Source, *overrides: str, dtype: str | torch.dtype | None = None) -> Plan:

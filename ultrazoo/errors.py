@@ -103,7 +103,9 @@ class CheckFailed(UltrazooError):
 
 def near(got: str, allowed: Iterable[str]) -> str:
     """``did you mean 'x'?`` when a legal name is close to `got`, else the empty string."""
-    match = difflib.get_close_matches(got, list(allowed), n=1, cutoff=0.6)
+    names = list(allowed)
+    match = [name for name in names if name.lower() == got.lower()][:1]
+    match = match or difflib.get_close_matches(got, names, n=1, cutoff=0.6)
     return f"did you mean {match[0]!r}?" if match else ""
 
 

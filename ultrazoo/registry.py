@@ -236,6 +236,8 @@ def check_contract(row: Entry, found: Any) -> None:
         raise RegistryError(f"{who} is registered as {row.kind} but is a {found.kind}")
     if found.name != row.name:
         raise RegistryError(f"{who} calls itself {found.name!r}; the entry point and the class must agree")
+    if "cycle" in getattr(found, "__dataclass_fields__", {}):
+        raise RegistryError(f"{who} has an option 'cycle', which in recipes is for what changes by layer; rename it")
 
 
 def _import(target: str) -> Any:
@@ -277,6 +279,17 @@ def register(spec: Any, *, summary: str = "") -> Any:
 def forget(kind: str, name: str) -> None:
     """Undo `register`."""
     _LOCAL.pop((kind, name), None)
+
+
+def foreign() -> dict[str, str]:
+    """Parts of plugins that are loaded: what they are called, by the module that defines them."""
+    found = {spec.__module__: f"{kind} {name!r}" for (kind, name), (_, spec) in _LOCAL.items()}
+    for kind in KINDS:
+        for row in _plugins(kind):
+            module = row.target.partition(":")[0]
+            if module in sys.modules:
+                found.setdefault(module, f"{kind} {row.name!r} of {row.distribution} {row.version}".rstrip())
+    return found
 
 
 def load_file(path: str | Path) -> list[Entry]:

@@ -105,7 +105,7 @@ class Site:
 
     `heads` are the heads this attention computes; `host_heads` those the host projects (they differ only inside
     `by_head`). `heads * head_dim` need not equal `dim`, the channels of the stream. `steps` are the sampling steps of a clip,
-    None where nobody says.
+    None where nobody says, `runs` those at which this attention runs, None for all.
     """
 
     dim: int
@@ -120,6 +120,7 @@ class Site:
     has_timestep: bool = True
     host_heads: int | None = None
     steps: int | None = None
+    runs: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:

@@ -5,9 +5,8 @@ mkdocs calls `on_files`; the two writers below return Markdown and import ultraz
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from typing import Any, get_args
+from typing import Any
 
 PARTS = "reference/parts.md"
 COMMANDS = "reference/commands.md"
@@ -47,6 +46,9 @@ def parts() -> str:
 
 
 def _part(entry: Any, spec: Any) -> list[str]:
+    from ultrazoo.catalog import kernel_facts
+    from ultrazoo.cli.describing import kernel_facts as rows
+
     lines = ["", f"### {entry.name}", "", f"{sentence(entry.summary)}"]
     facts = []
     if entry.aliases:
@@ -57,53 +59,48 @@ def _part(entry: Any, spec: Any) -> list[str]:
         facts.append("presets: " + ", ".join(f"`{name}`" for name in spec.presets))
     if facts:
         lines[-1] += " " + sentence("; ".join(facts))
+    if entry.kind == "kernel":
+        lines += ["", *(f"- {name}: {words}" for name, words in rows(kernel_facts(spec)))]
     return lines + option_tables(spec)
 
 
-def option_tables(cls: type, under: str = "") -> list[str]:
+def option_tables(cls: type) -> list[str]:
     """A table of the options of a class, then one for each group of options inside it."""
-    from ultrazoo.cost.units import ranged
-    from ultrazoo.options import declared, expected
+    from ultrazoo.catalog import option_rows
+    from ultrazoo.cli.describing import groups
 
-    rows = declared(cls)
+    rows = option_rows(cls)
     if not rows:
-        return [] if under else ["", "No options."]
-    lines = ["", "| option | takes | default | |", "| --- | --- | --- | --- |"]
-    groups = []
-    for row in rows:
-        default = "" if row.required else f"`{_default(row.default)}`"
-        cells = [f"`{row.name}`", ranged(expected(row), dict(row.bounds)), default, row.doc]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-        path = f"{under}.{row.name}" if under else row.name
-        groups += [(path, group) for group in _groups(row.annotation)] if not row.kind and not row.choices else []
-        groups += [(f"{path}: {name}", group) for name, group in (row.choices or {}).items()]
-    for path, group in groups:
-        inner = option_tables(group, path)
-        if inner:
-            lines += ["", f"`{path}`: {sentence(_summary(group))}", *inner]
+        return ["", "No options."]
+    lines = _table(rows)
+    for title, group in groups(rows):
+        path, _, name = title.partition(" ")
+        lines += ["", f"`{path}: {name}`" if name else f"`{path}`"]
+        lines[-1] += f": {sentence(_paragraph(group.about))}" if group.about else ""
+        lines += _table(group.options)
     return lines
 
 
-def _groups(annotation: Any) -> list[type]:
-    """Classes of options named anywhere in an annotation."""
-    from ultrazoo.spec import Options
+def _table(rows: Any) -> list[str]:
+    from ultrazoo.cost.units import ranged
 
-    if isinstance(annotation, type) and issubclass(annotation, Options):
-        return [annotation]
-    return [group for part in get_args(annotation) for group in _groups(part)]
+    if not rows:
+        return []
+    lines = ["", "| option | takes | default | |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        default = "" if row.required else f"`{_default(row.default)}`"
+        cells = [f"`{row.name}`", ranged(row.takes, row.bounds), default, row.doc]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return lines
 
 
 def _default(value: Any) -> str:
-    from ultrazoo.options import to_data
-
-    text = json.dumps(to_data(value) if dataclasses.is_dataclass(value) else value, default=str)
-    text = text.strip('"')
+    text = json.dumps(value, default=str).strip('"')
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _summary(cls: type) -> str:
-    paragraph = (cls.__doc__ or "").partition("\n\n")[0]
-    return " ".join(paragraph.split()).replace("``", "`")
+def _paragraph(text: str) -> str:
+    return " ".join(text.partition("\n\n")[0].split()).replace("``", "`")
 
 
 def sentence(text: str) -> str:

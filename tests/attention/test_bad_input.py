@@ -179,7 +179,7 @@ def test_cases_are_legal_and_not(monkeypatch: pytest.MonkeyPatch) -> None:
     answered = []
     monkeypatch.setitem(globals(), "finite", lambda *_: answered.append(1) or "")
     assert all(verdict(name, number) == "" for name in NAMES for number in range(3))
-    assert 0.2 < len(answered) / (3 * len(NAMES)) < 0.9
+    assert 0.15 < len(answered) / (3 * len(NAMES)) < 0.9
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,8 @@ def test_b_near_and_far_partition_the_keys(name: str, order: OrderSpec) -> None:
     k = noise(2, 1, place.keys.count, 2, 8, scale=2.0)[:, which]
     full = softmax(q, k, v)
     assert_close("near and far", given(spec, q, k, v, grid=tuple(grid)), full, EXACT)
-    assert error_ratio(given(replace(spec, far=DropSpec()), q, k, v, grid=tuple(grid)), full) > 1e-2
+    apart = replace(spec, far=CoarseSpec(gate="none"))
+    assert error_ratio(given(apart, q, k, v, grid=tuple(grid)), full) > 1e-2
 
 
 # --- (c) what is not there does not matter ----------------------------------------------------------------------------
@@ -259,12 +260,13 @@ def test_d_a_threshold_keeps_the_tail_of_a_normal_law() -> None:
     for tau, share in ((0.0, 0.5), (1.0, 0.1587), (2.0, 0.0228)):
         for moments in ("diag", "exact"):
             rule = MeanStdSpec(tau=tau, moments=moments)  # type: ignore[arg-type]
-            spec = BlockSparseSpec(order=RasterSpec(block=16), selector=PooledSpec(rule=rule))
+            spec = BlockSparseSpec(order=RasterSpec(block=16), selector=PooledSpec(rule=rule), far=MeanSpec())
             with record() as runs:
                 given(spec, q, k, v)
             assert runs[0].pairs / (2 * 2 * 4096**2) == pytest.approx(share, abs=0.02)
             site = Site(dim=32, heads=2, head_dim=16, grid=Grid(1, 1, 4096))
-            assert spec.cost(site).pairs / 4096**2 == pytest.approx(share, abs=1e-3)
+            # and a pair with the mean of every block
+            assert spec.cost(site).pairs / 4096**2 - 1 / 16 == pytest.approx(share, abs=1e-3)
 
 
 # --- (e) more is never worse --------------------------------------------------------------------------------------------
@@ -361,40 +363,3 @@ def test_h_one_block_is_full_attention() -> None:
             for far in (DropSpec(), MeanSpec()):
                 spec = BlockSparseSpec(order=RasterSpec(block=16), selector=selector, far=far)
                 assert_close(f"{tokens} tokens", given(spec, q, k, v), softmax(q, k, v), EXACT)
-
-
-# --- rows that see nothing near -----------------------------------------------------------------------------------------
-
-
-def test_rows_with_nothing_near_are_what_the_far_field_gives() -> None:
-    """No block above the threshold: zeros where the rest is dropped, attention among block means where it is not."""
-    q, k, v = (noise(i, 2, 40, 2, 8, scale=2.0).requires_grad_() for i in range(3))
-    nothing = PooledSpec(rule=MeanStdSpec(tau=1e6))
-    spec = BlockSparseSpec(order=RasterSpec(block=8), selector=nothing)
-    dropped = given(spec, q, k, v)
-    assert torch.equal(dropped, torch.zeros_like(dropped))
-    means = [z.unflatten(1, (5, 8)).mean(2) for z in (k, v)]
-    far = given(replace(spec, far=MeanSpec()), q, k, v)
-    assert_close("among means", far, softmax(q, *means), EXACT)
-    for y in (dropped, far):
-        grads = torch.autograd.grad(y.square().sum(), (q, k, v))
-        assert all(bool(grad.isfinite().all()) for grad in grads)
-
-
-def test_some_rows_with_nothing_near_merge_with_the_others() -> None:
-    """A threshold that some rows reach and others do not, against the oracle, gradients too."""
-    rule = MeanStdSpec(tau=1.2, moments="exact")
-    spec = BlockSparseSpec(order=RasterSpec(block=8), selector=PooledSpec(rule=rule), far=MeanSpec())
-    site = Site(dim=20, heads=3, head_dim=8, grid=Grid(1, 6, 8))
-    scenario = Scenario(Example(spec, site, "empty"), torch.float64)
-    scenario.x.requires_grad_()
-    case = scenario.case(requires_grad=True)
-    _, chosen = chosen_blocks(case)
-    assert bool((chosen.sum(-1) == 0).any())
-    assert bool((chosen.sum(-1) > 0).any())
-    got, expected = scenario.run(), block_sparse(case)
-    assert isinstance(expected, Tensor)
-    assert_close("output", got, expected, EXACT)
-    (found,) = torch.autograd.grad(got.square().sum(), scenario.x)
-    (reference,) = torch.autograd.grad(expected.square().sum(), case.x)
-    assert_close("gradient", found, reference, 10 * EXACT)

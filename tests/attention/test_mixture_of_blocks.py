@@ -37,7 +37,7 @@ def composition(spec: MixtureOfBlocksSpec, at: Site) -> BlockSparseSpec:
 def chosen(spec: RoutedSpec, q: Tensor, k: Tensor, blocks: int) -> Tensor:
     """Bool (B, heads, N, blocks) for q and k (B, heads, N, D) in one row of equal blocks."""
     tokens = q.shape[2]
-    order = composition(MixtureOfBlocksSpec(cycle=(0, 0, 1), box=(1, 1, tokens // blocks)), site(1, 1, tokens))
+    order = composition(MixtureOfBlocksSpec(partition=(0, 0, 1), box=(1, 1, tokens // blocks)), site(1, 1, tokens))
     scene = Scene(order.place(site(1, 1, tokens)), q, k, k, q.new_zeros(q.shape[0], tokens, 1))
     found: Tensor = spec.build(site(1, 1, tokens))(scene)(0, tokens)
     return found
@@ -78,7 +78,7 @@ def test_the_partition_follows_the_layer() -> None:
     spec = MixtureOfBlocksSpec()
     assert [spec.dimensions(i) for i in range(6)] == [1, 2, 3, 1, 2, 3]
     assert [MixtureOfBlocksSpec(first=2).dimensions(i) for i in range(5)] == [2, 3, 1, 2, 3]
-    assert [MixtureOfBlocksSpec(cycle=(2, 0, 1)).dimensions(i) for i in range(5)] == [1, 1, 3, 1, 1]
+    assert [MixtureOfBlocksSpec(partition=(2, 0, 1)).dimensions(i) for i in range(5)] == [1, 1, 3, 1, 1]
     place = composition(MixtureOfBlocksSpec(column=(2, 3)), site(4, 3, 5, layer=1)).place(site(4, 3, 5))
     # columns hold all frames; those at the far borders are smaller
     assert place.keys.sizes.tolist() == [24, 16, 12, 8]
@@ -214,7 +214,7 @@ def test_pairs_that_reach_the_kernel(scope: Any, top: Any, layer: int) -> None:
     from ultrazoo.kernels import record
 
     grid = (4, 4, 8)
-    spec = MixtureOfBlocksSpec(**SMALL, scope=scope, top=top, cycle=tuple(int(layer == i) for i in range(3)))
+    spec = MixtureOfBlocksSpec(**SMALL, scope=scope, top=top, partition=tuple(int(layer == i) for i in range(3)))
     q, k, v = (noise(i, 1, 128, 2, 8, scale=2.0) for i in range(3))
     module = block_of(spec, 2, 8, 128, grid)
     with record() as ran:
@@ -239,8 +239,8 @@ def test_pairs_that_reach_the_kernel(scope: Any, top: Any, layer: int) -> None:
         ({"column": [3]}, "column"),
         ({"column": [0, 4]}, "column"),
         ({"box": [4, 6]}, "box"),
-        ({"cycle": [0, 0, 0]}, "cycle"),
-        ({"cycle": [1, 1]}, "cycle"),
+        ({"partition": [0, 0, 0]}, "partition"),
+        ({"partition": [1, 1]}, "partition"),
         ({"p": 0.0}, "p"),
         ({"p": 0.3, "top": [1, 1, 1]}, "p"),
         ({"p": 1.5}, "p"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -191,6 +192,7 @@ def test_a_place_that_cannot_be_is_told(options: dict[str, Any], words: str) -> 
         ({"queries": [0, -1]}, "got -1"),
         ({"queries": [1.5]}, "got 1.5"),
         ({"queries": [True]}, "got True"),
+        ({"queries": 5}, r"in a list, got 5: write \[5\]"),
         ({"heads": 0}, "heads .*at least 1"),
         ({"layer": 2, "layers": 2}, "layer 2 does not exist"),
         ({"layer": -1}, "layer -1 does not exist"),
@@ -200,6 +202,18 @@ def test_visible_refuses_what_is_no_question(options: dict[str, Any], words: str
     with pytest.raises(UsageError, match=words):
         visible("full", (1, 3, 4), **options)
     assert visible("full", (3, 4), queries=[11, 0]).shape == (1, 2, 12)
+
+
+def test_visible_of_everything_at_a_large_grid_asks_for_queries() -> None:
+    with pytest.raises(UsageError, match="685440 queries of 685440 tokens are 438 GiB: give some tokens as queries"):
+        visible("full", (21, 136, 240))
+    assert visible("full", (21, 136, 240), queries=[5]).shape == (1, 1, 685440)
+
+
+def test_an_input_that_is_no_tensor_is_told() -> None:
+    module = create_attention("full", dim=16, heads=2)
+    with pytest.raises(UsageError, match=r"x is a tensor \(B, N, C\), got ndarray"):
+        module(np.zeros((1, 4, 16), np.float32), (1, 2, 2))
 
 
 LSE = {"branches": {"a": {}, "b": {"layout": {"name": "windows", "counts": 2}}}, "fuse": {"name": "lse"}}

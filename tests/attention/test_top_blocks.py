@@ -111,7 +111,7 @@ def test_ties_go_to_the_first_block() -> None:
     assert isinstance(expanded, BlockSparseSpec)
     rule = expanded.selector.rule  # type: ignore[attr-defined]
     scores = torch.zeros(2, 3, 4, 4)
-    scene = SimpleNamespace(keep=None, key_valid=None, place=SimpleNamespace(selectable=4, extra_selectable=0))
+    scene = SimpleNamespace(keeps=(None,), key_valid=None, place=SimpleNamespace(selectable=4, extra_selectable=0))
     kept = rule.choose(scores, scene, 0)
     assert kept[..., 0].all()
     assert not kept[..., 1:].any()

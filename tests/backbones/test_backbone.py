@@ -216,6 +216,8 @@ def test_steps_choose_the_attention_of_a_layer():
 def test_a_step_that_does_not_exist():
     with pytest.raises(UsageError, match="steps are 0 to 3"):
         tiny_wan().select(4, 4)
+    with pytest.raises(UsageError, match=r"step is a whole number, got 1\.5"):
+        tiny_wan().select(1.5, 4)
 
 
 def test_state_belongs_to_layer_and_branch_and_ends_with_the_clip():

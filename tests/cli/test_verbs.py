@@ -83,7 +83,7 @@ def test_rows_of_layers_are_for_one_plan(capsys, place):
 def test_describe_says_which_numbers_are_legal(capsys):
     ran = here(capsys, "describe", "subblock")
     assert "a number, 0 ≤ x < 1 " in ran.out
-    assert "a list of 2, each a whole number, x ≥ 1 " in ran.out
+    assert "a list of 2 whole numbers, x ≥ 1 " in ran.out
     options = json.loads(here(capsys, "describe", "subblock", "--json").out)["options"]
     bounds = {row["name"]: row["bounds"] for row in options}
     assert (bounds["sparsity"], bounds["kernel"]) == ({"ge": 0, "lt": 1}, {})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ultrazoo.spec import Segment
 from ultrazoo.testing import Case, extra_rows, grid_of
 
 from .blocks import under
@@ -61,7 +62,7 @@ def laid_out(
         more = torch.ones(extra.k.shape[:2], dtype=torch.bool) if extra.key_mask is None else extra.key_mask
         k, v, real = torch.cat([k, extra.k], 1), torch.cat([v, extra.v], 1), torch.cat([real, more], 1)
         at = 0
-        for segment in under(case.site.extra, *policies):
+        for segment in under(case.site.extra or (Segment("extra", extra.k.shape[1]),), *policies):
             tokens = list(range(at, at + segment.length))
             at += segment.length
             if segment.keys == "compete":

@@ -15,7 +15,7 @@ EXTRA_BLOCK = 128
 
 def tile_of(case: Case, options: dict[str, object]) -> tuple[list[int], int]:
     """Tokens (T, H, W) per block of this layer, and which of the three partitions it is."""
-    turns = [kind for kind, count in enumerate(options["cycle"]) for _ in range(count)]  # type: ignore[arg-type]
+    turns = [kind for kind, count in enumerate(options["partition"]) for _ in range(count)]  # type: ignore[arg-type]
     kind = turns[(case.site.layer - options["first"]) % len(turns)]  # type: ignore[operator]
     t, h, w = case.grid
     tiles = ([options["frames"], h, w], [t, *options["column"]], list(options["box"]))  # type: ignore[misc,call-overload]

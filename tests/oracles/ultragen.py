@@ -42,12 +42,9 @@ def keeps_full(layer: int, layers: int, options: dict[str, Any]) -> bool:
 
 
 def block(case: Case, released: bool, count: int = 4, coarse_factor: int = 4) -> Tensor:
-    """Three branches and two gates: (B, N, heads*D). `count` is K.
-
-    A single regional window (K = 2) stays single on odd layers: the general rule that an undivided axis stays whole.
-    """
+    """Three branches and two gates: (B, N, heads*D). `count` is K."""
     odd = case.site.layer % 2
-    near_count = 1 if count == 2 else count // 2 + odd
+    near_count = count // 2 + odd
     valid = case.x.new_ones(case.x.shape[:2]) if case.key_valid is None else case.key_valid.to(case.x)
     video = (case.x * valid[..., None]).transpose(1, 2).reshape(case.x.shape[0], -1, *case.grid)
     local = windowed(case, video, "local", count + odd, released)

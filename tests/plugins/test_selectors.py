@@ -10,7 +10,7 @@ import torch
 import ultrazoo
 from ultrazoo import registry
 from ultrazoo.cli import main
-from ultrazoo.errors import SiteError, UsageError
+from ultrazoo.errors import RegistryError, SiteError, UsageError
 
 CODE = """
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ attention: {{"*": {{name: block_sparse, order: {{name: raster, block: 8}}, selec
 INSIDE = {
     "selector": "{name: mine/selector}",
     "selector.of.0": "{name: union, of: [{name: mine/selector}, {name: band}]}",
-    "selector.of": "{name: cached, of: {name: mine/selector}}",
+    "selector.of.of.0": "{name: cached, of: {name: union, of: [{name: mine/selector}, {name: pooled}]}}",
 }
 
 
@@ -169,3 +169,105 @@ def attention(selector, far="drop"):
     return ultrazoo.create_attention(
         "block_sparse", dim=16, heads=2, order=order, selector=selector, far=far, grid=(1, 4, 4)
     )
+
+
+LATE = code(
+    True,
+    """
+    def map(self, place, site, lo, hi):
+        return np.ones((1, hi - lo, place.selectable - (hi - lo > 1)), dtype=bool)
+""",
+)
+TENSOR = (
+    code(False, BOUNDS, "    def build(self, site):\n        return Tensors()\n")
+    + """
+class Tensors(nn.Module):
+    def forward(self, scene):
+        return torch.ones(1)
+"""
+)
+FAR = """
+from dataclasses import dataclass
+from typing import ClassVar
+from torch import nn
+from ultrazoo.attention.parts.far import FarSpec
+
+class Out(nn.Module):
+    def forward(self, scene, block_map, near, lse):
+        return {out}
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(FarSpec):
+    name: ClassVar[str] = "mine/far"
+{build}
+"""
+BUILT = "    def build(self, site):\n        return Out()\n"
+
+
+def test_a_map_that_is_wrong_beyond_its_first_row_is_told(place, capsys):
+    write(place, LATE, "{name: mine/selector}")
+    assert main(["plan", "r.yaml", "--plugin", "mine.py"]) == 2
+    told = capsys.readouterr().err
+    assert "selector 'mine/selector' maps query blocks 0 to 1 to bool (1, 2, 1); a map is bool (1, 2, 2) or (" in told
+
+
+def test_a_module_that_gives_no_function_is_told(place):
+    registry.load_file(write_file(place, TENSOR))
+    with pytest.raises(UsageError, match="'mine/selector': its module gives a function of lo and hi, got Tensor"):
+        attention({"name": "mine/selector"})(torch.randn(2, 16, 16), (1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("near.double()", r"gives float64 \(2, 2, 16, 8\); it is asked for float32 \(2, 2, 16, 8\)"),
+        ("near[:, :, 1:]", r"gives float32 \(2, 2, 15, 8\)"),
+        ("None", "gives NoneType"),
+        ("near", ""),
+    ],
+)
+def test_what_a_far_field_gives_is_checked(place, out, words):
+    registry.load_file(write_file(place, FAR.format(out=out, build=BUILT)))
+    try:
+        module = attention("band", "mine/far")
+        if not words:
+            assert module(torch.randn(2, 16, 16), (1, 4, 4)).isfinite().all()
+            return
+        with pytest.raises(UsageError, match=f"far field 'mine/far' {words}"):
+            module(torch.randn(2, 16, 16), (1, 4, 4))
+    finally:
+        registry.forget("far_field", "mine/far")
+
+
+def test_a_far_field_without_a_module_is_a_problem(place):
+    registry.load_file(write_file(place, FAR.format(out="near", build="    pass\n")))
+    try:
+        with pytest.raises(SiteError, match=r"'mine/far' has no module; give it build\(site\)"):
+            attention("band", "mine/far")
+    finally:
+        registry.forget("far_field", "mine/far")
+
+
+@pytest.mark.parametrize(
+    ("raising", "words"),
+    [
+        ("        return 1 / 0\n", "internal error: ZeroDivisionError: division by zero; in line 21 of "),
+        ("        return None\n", "loaded from plugins: selector 'mine/selector'"),
+    ],
+)
+def test_an_error_inside_a_plugin_names_it(place, capsys, raising, words):
+    source = code(
+        False, "    def bounds(self, place, site, keep=None):\n" + raising, BUILD.format(dtype="bool", missing=0)
+    )
+    write(place, source, "{name: mine/selector}")
+    assert main(["plan", "r.yaml", "--plugin", "mine.py"]) == 1
+    told = capsys.readouterr().err
+    assert words in told
+    assert "selector 'mine/selector'" in told
+
+
+def test_an_option_cannot_be_called_cycle(place):
+    with pytest.raises(
+        RegistryError, match="has an option 'cycle', which in recipes is for what changes by layer; rename it"
+    ):
+        registry.load_file(write_file(place, code(True, "    cycle: int = 1\n")))

@@ -275,3 +275,30 @@ def test_a_wrong_backbone_option_hides_nothing_else() -> None:
 def test_a_wrong_backbone_value_makes_no_problems_elsewhere() -> None:
     found = problems_of(small(backbone=wan(layers="six"), attention={"0-5": "full"}))
     assert [problem.path for problem in found] == ["backbone.layers"]
+
+
+BUDGET = {"name": "block_sparse", "selector": {"name": "budget", "of": "pooled", "steps": {"0-1": 1.0}}}
+
+
+@pytest.mark.parametrize(
+    "outer", [BUDGET, {"name": "by_head", "groups": {"0-1": BUDGET, "2-3": "full"}}], ids=["alone", "head"]
+)
+def test_steps_of_a_part_want_a_number_of_steps(outer: dict[str, Any]) -> None:
+    """Without it a plan would be of sparse steps, and a model would run dense."""
+    wanted = small(attention={"*": outer}, sampling=None)
+    (problem,) = problems_of(wanted)
+    assert problem.path == "attention.*"
+    assert "does not say how many there are; add sampling: {steps: 30}" in str(problem)
+    assert problems_of(small(attention={"*": outer}, sampling={"steps": 4})) == []
+    heads = {"name": "budget", "of": "pooled", "heads": [0.1] * WAN["heads"]}
+    assert problems_of(small(attention={"*": {**BUDGET, "selector": heads}}, sampling=None)) == []
+
+
+@pytest.mark.parametrize("kernel", ["flash_attn", "flash_attn_3", "xformers", "flex"])
+def test_a_kernel_that_takes_no_heads_of_this_size_is_a_problem(kernel: str) -> None:
+    sparse = {"name": "block_sparse"} if kernel == "flex" else {"name": "full"}
+    small_heads = {**WAN, "dim": 6 * WAN["heads"]}
+    at = {"backbone": small_heads, "attention": {"*": {**sparse, "kernel": kernel}}}
+    (problem,) = problems_of(small(**at))
+    assert problem.path == "attention.*.kernel"
+    assert f"{kernel!r} can never run for this backbone: head size 6 is outside" in problem.rule

@@ -72,6 +72,17 @@ def test_null_deletes_entries() -> None:
     assert list(data("attention.*.branches.two=null", attention={"*": two})["attention"]["*"]["branches"]) == ["one"]
 
 
+def test_null_deletes_entries_that_parts_let_a_recipe_name() -> None:
+    steps = {"0-3": 1.0, "4-9": 0.5}
+    sparse = {"name": "block_sparse", "selector": {"name": "budget", "of": "pooled", "steps": steps}}
+    override = 'attention.*.selector.steps={"0-3": null, "0-9": 0.2}'
+    found = data(override, "attention.*.selector.steps.4-9=null", attention={"*": sparse})
+    assert found["attention"]["*"]["selector"]["steps"] == {"0-9": 0.2}
+    heads = {"name": "by_head", "groups": {"0-1": "full", "2-3": "full"}}
+    found = data("attention.*.groups.2-3=null", attention={"*": heads})
+    assert list(found["attention"]["*"]["groups"]) == ["0-1"]
+
+
 def test_the_rules_hold_for_what_is_built() -> None:
     assert names(resolved(small(), "attention.odd=original")) == ["full", "original"] * 3
 

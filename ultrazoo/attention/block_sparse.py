@@ -28,7 +28,7 @@ from .contract import Attention, Call, Host, grid_positions
 from .full import kernel_problems
 from .grouped import attend_extra
 from .parts.by_query import ByQuerySpec
-from .parts.far import CoarseSpec, DropSpec, FarSpec
+from .parts.far import CoarseSpec, DropSpec, FarSpec, far_output, far_problems
 from .parts.orders import ORDERS, ColumnsSpec, OrderSpec, Place, RasterSpec, TilesSpec, ruled
 from .parts.pooled import PooledSpec
 from .parts.rules import TopKSpec, TopPSpec
@@ -83,7 +83,7 @@ class BlockSparseSpec(AttentionSpec):
         site = site.at(extra=self.segments(site.extra))
         found = [problem.under("order") for problem in self.order.problems(site)]
         found += [problem.under("selector") for problem in self.selector.problems(site)]
-        found += [problem.under("far") for problem in self.far.problems(site)]
+        found += [problem.under("far") for problem in self.far.problems(site)] or far_problems(self.far)
         if found:
             return found + kernel_problems(self.kernel)
         for segment in site.extra:
@@ -105,6 +105,11 @@ class BlockSparseSpec(AttentionSpec):
             return found
         place = self.place(site)
         found = self.selector.place_problems(place, site) or selector_problems(self.selector, place, site)
+        if not found and self.selects and not (self.far.alone or place.always_tokens or self._chosen(site).least):
+            rule = f"may choose nothing for a query, which far {self.far.name!r} leaves without an answer"
+            found = [
+                Problem("", rule, "unite it with a band: {name: union, of: [the selector, band]}, or use far: mean")
+            ]
         return self._kernel_problems(site) + [problem.under("selector") for problem in found]
 
     def _kernel_problems(self, site: Site) -> list[Problem]:
@@ -123,10 +128,13 @@ class BlockSparseSpec(AttentionSpec):
     def bounds(self, site: Site) -> Bounds:
         """Pairs per head: fewest, expected, most; without those of extra rows that see everything."""
         site = site.at(extra=self.segments(site.extra))
-        place = self.place(site)
-        found = _bounds(self.selector, self.order, site if self.selector.by_layer else site.at(layer=0))
+        place, found = self.place(site), self._chosen(site)
         fixed = place.queries.tokens * place.always_tokens + self.far.pairs(place)
         return Bounds(*(value + fixed for value in found))
+
+    def _chosen(self, site: Site) -> Bounds:
+        """Pairs per head with blocks that the selector chooses."""
+        return _bounds(self.selector, self.order, site if self.selector.by_layer else site.at(layer=0))
 
     def cost(self, site: Site) -> Cost:
         site = site.at(extra=self.segments(site.extra))
@@ -334,7 +342,7 @@ class BlockSparseAttention(Attention):
         else:
             block_map = self.selector.soft(scene)
             near, lse = soft_near(scene, block_map, mask), None
-        y = self.far(scene, block_map, near, lse)  # (B, heads, queries, D)
+        y = far_output(spec.far, self.far(scene, block_map, near, lse), near)  # (B, heads, queries, D)
         return restored(y[:, :, : x.shape[1]], place), y[:, :, x.shape[1] :]
 
     def _near(self, scene: Scene, block_map: BlockMap, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -37,7 +37,7 @@ from .parts.shifts import NoShiftSpec, RepartitionSpec, RollSpec
 class BranchSpec(Options):
     """One branch."""
 
-    compress: CompressSpec | None = option(None, "many tokens to one; None: every token", kind="compress")
+    compress: CompressSpec | None = option(None, "many tokens to one; null: every token", kind="compress")
     layout: LayoutSpec = option(WholeSpec(), "which tokens attend to each other", kind="layout")
     shift: ShiftSpec = option(NoShiftSpec(), "how windows move on odd layers", kind="shift")
     adapt: AdaptSpec = option(SharedSpec(), "where q, k and v come from", choices=ADAPT)

@@ -89,6 +89,8 @@ def check_inputs(name: str, site: Site, x: Tensor, call: Call) -> None:
     """Raise UsageError for hidden states that do not fit the call, or a call that does not fit them."""
     t, h, w = call.grid
     tokens = t * h * w
+    if not isinstance(x, Tensor):
+        raise UsageError(f"attention {name!r}: x is a tensor (B, N, C), got {shown(x)}: torch.as_tensor(x) makes one")
     # what the channels must be is the host's to say
     if x.dim() != 3 or x.shape[1] != tokens:
         raise UsageError(

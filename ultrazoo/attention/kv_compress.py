@@ -54,7 +54,7 @@ class KvCompressSpec(AttentionSpec):
         2, "R: tokens per cell along H and W, or (T, H, W); 1 compresses nothing", ge=1
     )
     cell: Literal["centre", "index"] | None = option(
-        None, "where a compressed key is rotated; None: its cell's centre, or where a kept token stood"
+        None, "where a compressed key is rotated; null: its cell's centre, or where a kept token stood"
     )
     kernel: str = option("auto", "a registered kernel, or auto")
 

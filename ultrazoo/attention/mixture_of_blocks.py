@@ -36,8 +36,8 @@ class MixtureOfBlocksSpec(AttentionSpec):
     frames: int = option(2, "1-D: frames per block, whole ones", ge=1)
     column: tuple[int, ...] = option((3, 4), "2-D: tokens (H, W) per block, through all frames", ge=1)
     box: tuple[int, ...] = option((4, 6, 4), "3-D: tokens (T, H, W) per block", ge=1)
-    cycle: tuple[int, ...] = option((1, 1, 1), "consecutive layers with 1-D, 2-D and 3-D blocks, then again", ge=0)
-    first: int = option(0, "the layer that the cycle starts from", ge=0)
+    partition: tuple[int, ...] = option((1, 1, 1), "consecutive layers with 1-D, 2-D and 3-D blocks, then again", ge=0)
+    first: int = option(0, "the layer that the partition starts from", ge=0)
     scope: Literal["head", "query"] = option("head", "what is ranked: all pairs of a head, or each query's blocks")
     p: float | None = option(
         None,
@@ -53,21 +53,21 @@ class MixtureOfBlocksSpec(AttentionSpec):
 
     def problems(self, site: Site) -> list[Problem]:
         found = []
-        wanted = (("column", 2, "(H, W)"), ("box", 3, "(T, H, W)"), ("cycle", 3, "of 1-D, 2-D and 3-D layers"))
+        wanted = (("column", 2, "(H, W)"), ("box", 3, "(T, H, W)"), ("partition", 3, "of 1-D, 2-D and 3-D layers"))
         for path, count, meaning in (*wanted, ("top", 3, "of 1-D, 2-D and 3-D layers")):
             given = getattr(self, path)
             if given is not None and len(given) != count:
                 found.append(Problem(path, f"got {len(given)} numbers", f"give {count}: {meaning}"))
         if self.p is not None and self.top is not None:
             found.append(Problem("p", "top is given as well", "give one of them"))
-        if not any(self.cycle):
-            found.append(Problem("cycle", "has no layer", "at least one number above 0"))
+        if not any(self.partition):
+            found.append(Problem("partition", "has no layer", "at least one number above 0"))
         return found
 
     def dimensions(self, layer: int) -> int:
         """1, 2 or 3: how the layer is cut. Layers before `first` go on backwards."""
-        at = (layer - self.first) % sum(self.cycle)
-        one, two, _ = self.cycle
+        at = (layer - self.first) % sum(self.partition)
+        one, two, _ = self.partition
         return 1 if at < one else 2 if at < one + two else 3
 
     def tile(self, layer: int) -> tuple[int, int, int]:

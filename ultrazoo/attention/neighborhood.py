@@ -48,7 +48,7 @@ class NeighborhoodSpec(ViewsSpec):
     short: Literal["refuse", "whole"] = option(
         "refuse", "an axis with fewer tokens than the kernel spans: a problem, or seen whole"
     )
-    scale: float | None = option(None, "what scores are multiplied by; None: D**-0.5", gt=0)
+    scale: float | None = option(None, "what scores are multiplied by; null: D**-0.5", gt=0)
     kernel: str = option("auto", "a registered kernel, or auto")
 
     def axes(self, grid: Grid) -> list[tuple[Size, int, int]]:

@@ -251,6 +251,10 @@ def reset_parameters(module: nn.Module, seed: int = 0) -> None:
             parameter.copy_(getattr(getattr(owners["host"], which), part))
 
 
+MOST_PAIRS = 1 << 34
+"""Most pairs that `visible` answers at once: a byte each, and a few times that while they are made."""
+
+
 def visible(
     name: str,
     grid: Sequence[int],
@@ -276,6 +280,13 @@ def visible(
         raise SiteError(f"attention {name!r}", found)
     if found := _problems(spec, site):
         raise SiteError(f"attention {name!r} at grid {site.grid}", found)
+    if isinstance(queries, int | np.integer):
+        raise UsageError(f"queries are token indices in a list, got {queries!r}: write [{queries}]")
+    rows = site.tokens if queries is None else len(queries)
+    if rows * site.tokens > MOST_PAIRS:
+        raise UsageError(
+            f"{rows} queries of {site.tokens} tokens are {rows * site.tokens / 2**30:.3g} GiB: give some tokens as queries"
+        )
     if queries is not None:
         wrong = [
             q for q in queries if not isinstance(q, int | np.integer) or isinstance(q, bool) or not 0 <= q < site.tokens

@@ -44,8 +44,8 @@ class UltraGenSpec(AttentionSpec):
     windows: int = option(4, "K: local windows along H and W; the regional branch has half as many", ge=2)
     factor: int = option(4, "cell of the global branch along H and W", ge=1)
     rank: int = option(64, "rank of the LoRAs", ge=1)
-    full_first: int | None = option(None, "first layers with full attention; None: 0 in the paper, 3 released", ge=0)
-    full_last: int | None = option(None, "last layers with full attention; None: 0 in the paper, 3 released", ge=0)
+    full_first: int | None = option(None, "first layers with full attention; null: 0 in the paper, 3 released", ge=0)
+    full_last: int | None = option(None, "last layers with full attention; null: 0 in the paper, 3 released", ge=0)
 
     def problems(self, site: Site) -> list[Problem]:
         if self.windows % 2:

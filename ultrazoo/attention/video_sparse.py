@@ -36,7 +36,7 @@ class VideoSparseSpec(AttentionSpec):
     )
 
     tile: tuple[int, ...] = option((4, 4, 4), "tokens (T, H, W) per tile", ge=1)
-    image_tile: tuple[int, ...] | None = option((1, 8, 8), "the same at T = 1; None: `tile`, cut to one frame", ge=1)
+    image_tile: tuple[int, ...] | None = option((1, 8, 8), "the same at T = 1; null: `tile`, cut to one frame", ge=1)
     sparsity: float = option(0.9, "share of the tiles that a tile does not visit", ge=0, lt=1)
     gate: Literal["linear", "none"] = option("linear", "of the coarse attention; none leaves it out")
     extra_keys: Literal["host", "always", "compete"] = option(

@@ -103,7 +103,26 @@ def _explain(error: Exception, debug: bool) -> tuple[str, int]:
         where = f"{error.filename}: " if error.filename else ""
         return f"error: {where}{error.strerror}", 1
     hint = "" if debug else "; run again with --debug for the traceback"
-    return f"{INTERNAL}: {type(error).__name__}: {error}{hint}", 1
+    return f"{INTERNAL}: {type(error).__name__}: {error}{_blamed(error)}{hint}", 1
+
+
+def _blamed(error: Exception) -> str:
+    """Where in a plugin an error came up, or which plugins were there where it did."""
+    import traceback
+
+    from .. import registry
+
+    try:
+        parts = registry.foreign()
+    except Exception:  # the sentence about the error itself must come through
+        return ""
+    packages = {module.partition(".")[0]: label for module, label in parts.items()}
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module = str(frame.f_globals.get("__name__", ""))
+        label = parts.get(module) or packages.get(module.partition(".")[0])
+        if label:
+            return f"; in line {line} of {frame.f_code.co_filename}, {label}"
+    return f"; loaded from plugins: {', '.join(sorted(parts.values()))}" if parts else ""
 
 
 def _say(message: str, code: int, debug: bool) -> int:

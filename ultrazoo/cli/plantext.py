@@ -26,6 +26,7 @@ _LAYER_COLUMNS = [
 ]
 
 _PEAK = "peak: most bytes alive at once inside the attention, beside its input; inference, batch 1"
+_RANGE = "keys/query: what is assumed of the data (an option `expected`, where a design has one), and what they can make of it"
 
 
 def text(plan: Plan, *, every_layer: bool = False, coverage: Coverage | None = None) -> str:
@@ -85,7 +86,18 @@ def _layers(layers: Sequence[LayerPlan], every_layer: bool) -> str:
                 figures = [flops(branch.attention_flops), flops(branch.projection_flops), flops(branch.other_flops)]
                 keys = count(round(branch.pairs / tokens))
                 rows.append(["", f"  {branch.name}", keys, *figures, params(branch.parameters)])
-    return table(rows, _LAYER_COLUMNS, right="llrrrrrr") + "\n" + style(_PEAK, "dim")
+    notes = [_PEAK]
+    if any("(" in row[2] for row in rows):
+        notes.append(_RANGE)
+    for group in _grouped(layers):
+        one = group[0]
+        if one.full_pairs and one.visited > one.full_pairs:
+            where = layer_list([layer.layer for layer in group])
+            notes.append(
+                f"layers {where}: blocks padded to one size make {one.visited / one.full_pairs:.2f} of full attention's pairs; "
+                "smaller blocks, or an order that the grid fits, leave less to pad"
+            )
+    return table(rows, _LAYER_COLUMNS, right="llrrrrrr") + "\n" + style("\n".join(notes), "dim")
 
 
 def _keys(one: LayerPlan) -> str:

@@ -194,8 +194,15 @@ def price(
     is one forward. Raises KeyError for a dtype without a size.
     """
     rest = backbone.cost(grid)
-    costs = [spec.cost(site) for spec, site in zip(attention, sites, strict=True)]
-    alternatives = [{i: spec.cost(sites[i]) for i, spec in one.layers.items()} for one in steps]
+    count = sampling.steps if sampling else 0
+    costs = [
+        spec.cost(site.at(runs=_runs(i, steps, count)))
+        for i, (spec, site) in enumerate(zip(attention, sites, strict=True))
+    ]
+    alternatives = [
+        {i: spec.cost(sites[i].at(runs=tuple(range(one.first, one.last + 1)))) for i, spec in one.layers.items()}
+        for one in steps
+    ]
     layers = _layers(rest, sites, attention, written or attention, costs, alternatives, ELEMENT_BYTES[dtype])
 
     extra = sum(layer.extra_parameters for layer in layers)
@@ -211,6 +218,12 @@ def price(
     seconds = predict(forward, clip_work if sampling else None, dtype)
     beside = backbone.companions(grid, 2 if sampling and guided(sampling.guidance) else 1)
     return Priced(layers, totals, clip, memory, fits(memory), seconds, dtype, beside)
+
+
+def _runs(layer: int, steps: Sequence[StepsLike], count: int) -> tuple[int, ...] | None:
+    """The sampling steps at which a layer runs the attention of the layer map; None for all, and where it never does."""
+    replaced = {step for one in steps if layer in one.layers for step in range(one.first, one.last + 1)}
+    return tuple(step for step in range(count) if step not in replaced) or None if replaced else None
 
 
 def _layers(

@@ -189,6 +189,12 @@ class KernelSpec(Spec):
         return found + [NEEDS[name] for name in NEEDS if name in cls.needs and name not in passes]
 
     @classmethod
+    def wrong_head(cls, size: int) -> str:
+        """Why this kernel takes no heads of so many channels; empty where it does."""
+        low, high = cls.head_dims
+        return "" if low <= size <= high else f"head size {size} is outside {low}-{high}"
+
+    @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:
         """Everything that keeps this kernel from running `inputs`; empty when it can."""
         found = [cls.absent()] if cls.absent() else []
@@ -199,9 +205,8 @@ class KernelSpec(Spec):
         if not inputs.q.dtype == inputs.k.dtype == inputs.v.dtype:
             kinds = ", ".join(str(z.dtype).removeprefix("torch.") for z in (inputs.q, inputs.k, inputs.v))
             found.append(f"needs q, k and v of one dtype, they are {kinds}")
-        low, high = cls.head_dims
-        if not low <= inputs.q.shape[-1] <= high:
-            found.append(f"head size {inputs.q.shape[-1]} is outside {low}-{high}")
+        if why := cls.wrong_head(inputs.q.shape[-1]):
+            found.append(why)
         block_map = inputs.block_map
         blocks = (None, None) if block_map is None else (block_map.queries, block_map.keys)
         found += cls.never(inputs.passes, *blocks)

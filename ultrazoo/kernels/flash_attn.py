@@ -64,12 +64,14 @@ class _Flash(KernelSpec):
         return why
 
     @classmethod
+    def wrong_head(cls, size: int) -> str:
+        return super().wrong_head(size) or ("" if size % 8 == 0 else f"needs a head size that 8 divides, got {size}")
+
+    @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:
         found = super().reasons(inputs)
         if inputs.return_lse and inputs.needs_grad:
             found.append("returns lse without gradients")
-        if inputs.q.shape[-1] % 8:
-            found.append(f"needs a head size that 8 divides, got {inputs.q.shape[-1]}")
         return found
 
     @classmethod
@@ -110,6 +112,10 @@ class FlashAttn3Spec(_Flash):
     capability: ClassVar[int] = 9
 
     @classmethod
+    def wrong_head(cls, size: int) -> str:
+        return super().wrong_head(size) or ("" if size % 8 == 0 else f"needs a head size that 8 divides, got {size}")
+
+    @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:
         found = super().reasons(inputs)
         if not cls.absent() and torch.cuda.get_device_capability(inputs.q.device)[0] != 9:
@@ -145,6 +151,10 @@ class FlashAttn4Spec(_Flash):
             if blocks is not None and (not blocks.uniform or blocks.largest != TILE):
                 found.append(f"takes {which} blocks of {TILE} tokens alone, {_sizes(blocks)}")
         return found
+
+    @classmethod
+    def wrong_head(cls, size: int) -> str:
+        return super().wrong_head(size) or ("" if size % 8 == 0 else f"needs a head size that 8 divides, got {size}")
 
     @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:

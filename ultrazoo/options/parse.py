@@ -139,12 +139,17 @@ def _option(row: Declared, data: Any, path: str) -> Parsed:
     value, problems = _value(row.annotation, row, data, path)
     if problems:
         return None, problems
-    for number in _numbers(value):
-        for key, bound in row.bounds:
-            rule, holds = _BOUNDS[key]
-            if not holds(number, bound):
-                return None, [Problem(path, f"must be {rule} {bound}, got {got(data)}")]
-    return value, []
+    if isinstance(value, FrozenMap):
+        entries = [(join(path, key), one, data[key]) for key, one in value.items()]
+    else:
+        entries = [(path, value, data)]
+    for where, one, written in entries:
+        for number in _numbers(one):
+            for key, bound in row.bounds:
+                rule, holds = _BOUNDS[key]
+                if not holds(number, bound):
+                    problems.append(Problem(where, f"must be {rule} {bound}, got {got(written)}"))
+    return (None, list(dict.fromkeys(problems))) if problems else (value, [])
 
 
 def _numbers(value: Any) -> Iterator[float]:

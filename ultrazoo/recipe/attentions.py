@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .. import registry
 from ..errors import Problem, UltrazooError
 from ..options import got, join, parse_part
 from ..spec import AttentionSpec, Site
 from . import cycles
 from .layers import Axis, assign, spans
+from .resolved import specs_of
 from .tree import Map
 
 MOST_EXPANSIONS = 8
@@ -114,7 +116,7 @@ class Expander:
     def expand(self, placed: Placed, site: Site) -> tuple[AttentionSpec, list[Problem]]:
         """What the spec stands for at `site`, and everything wrong with it there."""
         spec = placed.spec
-        found = spec.problems(site)
+        found = spec.problems(site) or [*_uncounted(spec, site), *_wrong_heads(spec, site)]
         try:
             for _ in range(MOST_EXPANSIONS):
                 if found:
@@ -137,3 +139,23 @@ class Expander:
         except TypeError:
             # a spec made in Python may hold what cannot be hashed
             return spec
+
+
+def _uncounted(spec: AttentionSpec, site: Site) -> list[Problem]:
+    """A part that names sampling steps in a recipe that does not say how many there are."""
+    if site.steps is not None or not any(getattr(one, "counts_steps", False) for one in specs_of(spec)):
+        return []
+    rule = "counts sampling steps, and the recipe does not say how many there are"
+    return [Problem("", rule, "add sampling: {steps: 30}")]
+
+
+def _wrong_heads(spec: AttentionSpec, site: Site) -> list[Problem]:
+    """A kernel by name that takes no heads of the backbone's size."""
+    found = []
+    for one in specs_of(spec):
+        kernel = getattr(one, "kernel", "auto")
+        why = "" if kernel == "auto" else registry.find("kernel", kernel).wrong_head(site.head_dim)
+        if why:
+            rule = f"{kernel!r} can never run for this backbone: {why}"
+            found.append(Problem("kernel" if one is spec else "", rule, "use auto, or another kernel"))
+    return found

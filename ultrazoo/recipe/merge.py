@@ -48,10 +48,11 @@ def replaces(base: Map, over: Map) -> bool:
 
 
 def deletes(keys: Keys) -> bool:
-    """Does null delete the entry here? Entries of ``attention``, ``steps`` and any ``branches`` can be deleted."""
+    """Does null delete the entry here? Entries of ``attention`` and ``steps`` can be deleted, and those of a part's mappings
+    that the recipe's author names: ``branches``, ``groups`` of heads and ``steps`` of a budget."""
     if len(keys) == 2 and keys[0] in ("attention", "steps"):
         return True
-    return (len(keys) == 3 and keys[0] == "steps") or (len(keys) > 2 and keys[-2] == "branches")
+    return (len(keys) == 3 and keys[0] == "steps") or (len(keys) > 2 and keys[-2] in ("branches", "groups", "steps"))
 
 
 def delete(node: Map, keys: Keys, mark: Mark) -> list[Problem]:

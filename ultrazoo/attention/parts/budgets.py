@@ -108,8 +108,8 @@ class BudgetSpec(SelectorSpec):
         return list(self.heads) if self.heads is not None else [None]
 
     def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
-        """Over all steps, the mean of them expected; of a step that is not listed where their number is not known. A call that
-        does not say its step is the most."""
+        """Over all steps at which it runs, the mean of them expected; of a step that is not listed where their number is not
+        known. A call that does not say its step is the most."""
         everything = place.queries.tokens * place.keys.starts[place.selectable]
         rows = [self.of.bounds(place, site, share) for share in self._shares(site)]
         own = Bounds(*(round(float(np.mean(column))) for column in zip(*rows, strict=True)))
@@ -118,13 +118,18 @@ class BudgetSpec(SelectorSpec):
         known: dict[float | None, Bounds] = {None: own, 1.0: Bounds(*[everything] * 3)}
         for share in self.steps.values():
             known.setdefault(share, self.of.bounds(place, site, share))
-        steps = None if site.steps is None else [known[self.share_at(step)] for step in range(site.steps)]
-        expected = own.expected if steps is None else round(sum(one.expected for one in steps) / len(steps))
+        runs = range(site.steps or 0) if site.runs is None else site.runs
+        steps = [known[self.share_at(step)] for step in runs]
+        expected = round(sum(one.expected for one in steps) / len(steps)) if steps else own.expected
         return Bounds(min(one.least for one in steps or known.values()), expected, everything)
 
     def share_at(self, step: int) -> float | None:
         """The share that is listed for a step; None where none is."""
         return next((share for key, share in (self.steps or {}).items() if in_ranges(key, step)), None)
+
+    @property
+    def counts_steps(self) -> bool:
+        return bool(self.steps)
 
     def phase(self, step: int) -> Any:
         return self.share_at(step), self.of.phase(step)

@@ -17,6 +17,8 @@ from .orders import Place
 from .scene import Rows, Scene, checked
 from .selectors import Bounds, SelectorSpec
 
+VOTES = (0.4, 0.8)
+"""HASTE's gate of a layer."""
 EVERY = 12
 """Denoising steps between two maps where a recipe says neither how many nor how far (DFSAttn)."""
 
@@ -45,9 +47,9 @@ class CachedSpec(SelectorSpec):
     drift: float | None = option(
         None, "how far a head's mean query and key may move before it asks for a new map (HASTE: 8 to 30)", ge=0
     )
-    votes: tuple[float, float] = option(
-        (0.4, 0.8),
-        "shares of the heads that ask: below the first none gets a new map, above the second all",
+    votes: tuple[float, float] | None = option(
+        None,
+        "shares of the heads that ask: below the first none gets a new map, above the second all; null: 0.4 and 0.8",
         ge=0,
         le=1,
     )
@@ -72,9 +74,22 @@ class CachedSpec(SelectorSpec):
         """Every so many-th denoising step gets a new map; None where drift alone decides."""
         return EVERY if self.every is None and self.drift is None else self.every
 
+    @property
+    def wanted(self) -> tuple[float, float]:
+        """The shares of `votes`."""
+        return VOTES if self.votes is None else self.votes
+
     def problems(self, site: Site) -> list[Problem]:
         found = [problem.under("of") for problem in self.of.problems(site)]
-        low, high = self.votes
+        if self.of.is_static:
+            found.append(
+                Problem("of", f"{self.of.name!r} is the same at every step: nothing is kept", "name it itself")
+            )
+        if self.votes is not None and self.drift is None:
+            found.append(
+                Problem("votes", "heads vote on their drift, and none is given", "give drift, or leave it out")
+            )
+        low, high = self.wanted
         if low > high:
             found.append(Problem("votes", f"none below {low:g}, and all above {high:g}", "give the smaller one first"))
         return found
@@ -163,7 +178,7 @@ class _Cached(nn.Module):
         assert kept.middle is not None
         assert self.spec.drift is not None
         asks = (middle - kept.middle).abs().sum(-1) > self.spec.drift  # (B, heads)
-        share, (low, high) = asks.double().mean(1, keepdim=True), self.spec.votes
+        share, (low, high) = asks.double().mean(1, keepdim=True), self.spec.wanted
         renewed = (asks & (share >= low)) | (share > high)
         if not bool(renewed.any()):
             return

@@ -31,7 +31,7 @@ class _CellSpec(CompressSpec):
     factor: int | tuple[int, ...] = option(2, "tokens per cell along H and W, or (T, H, W)", ge=1)
     of: Literal["both", "keys"] = option("both", "compress queries and keys, or keys and values only")
     lift: Literal["nearest", "bilinear", "bilinear_conv3d"] | None = option(
-        None, "how compressed queries come back; None: the compressor's own default"
+        None, "how compressed queries come back; null: the compressor's own default"
     )
     ragged: Literal["exact", "resize"] = option("exact", "a partial cell repeats the edge, or is dropped")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import Problem
+from ...errors import Problem, UsageError
 from ...kernels import attend
 from ...kernels.block_map import BlockMap
 from ...ops.blocks import Blocks
@@ -43,6 +43,11 @@ class FarSpec(Spec):
     @property
     def learned(self) -> bool:
         return False
+
+    @property
+    def alone(self) -> bool:
+        """Does a query that selects nothing get an answer from this, in a fresh block too?"""
+        return self.wants_lse
 
     @property
     def may_skip(self) -> bool:
@@ -117,6 +122,24 @@ class MeanSpec(FarSpec):
 
     def build(self, site: Site) -> nn.Module:
         return _Mean(self)
+
+
+def far_problems(far: FarSpec) -> list[Problem]:
+    """What a far field leaves unsaid that a call asks for."""
+    if type(far).build is not FarSpec.build:
+        return []
+    return [Problem("far", f"{far.name!r} has no module", "give it build(site)")]
+
+
+def far_output(far: FarSpec, y: Any, near: Tensor) -> Tensor:
+    """What the module of a far field gave; UsageError where it is not of the near field's shape and dtype."""
+    if isinstance(y, Tensor) and (y.shape, y.dtype) == (near.shape, near.dtype):
+        return y
+    told = [
+        f"{str(z.dtype).removeprefix('torch.')} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+        for z in (y, near)
+    ]
+    raise UsageError(f"far field {far.name!r} gives {told[0]}; it is asked for {told[1]}")
 
 
 def far_steps(scene: Scene, most: int) -> Iterator[tuple[int, int]]:
@@ -242,6 +265,10 @@ class CoarseSpec(FarSpec):
 
     def exact_with_all(self) -> bool:
         return self.gate == "linear"
+
+    @property
+    def alone(self) -> bool:
+        return self.gate != "linear"
 
     def build(self, site: Site) -> nn.Module:
         return _Coarse(self, site)

@@ -120,6 +120,10 @@ class LinearFarSpec(FarSpec):
     def exact_with_all(self) -> bool:
         return self.join == "proj"
 
+    @property
+    def alone(self) -> bool:
+        return self.join == "alpha"
+
     def build(self, site: Site) -> nn.Module:
         return _Linear(self, site)
 

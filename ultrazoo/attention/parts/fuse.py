@@ -48,7 +48,7 @@ class WeightsSpec(FuseSpec):
 
     name: ClassVar[str] = "weights"
 
-    weights: Mapping[str, float] | None = option(None, "weight per branch; None: the mean")
+    weights: Mapping[str, float] | None = option(None, "weight per branch; null: the mean")
     learned: bool = option(False, "the weights are parameters that start so")
 
     def branch_problems(self, branches: tuple[str, ...], site: Site) -> list[Problem]:
@@ -131,9 +131,9 @@ class TimeGateSpec(FuseSpec):
 
     order: Tree = option(doc="nested pairs of branch names")
     per: Literal["channel", "head", "scalar"] = option("channel", "one gate per channel, head or in all")
-    hidden: int | None = option(None, "width of the hidden layers; None: heads * head_dim", ge=1)
+    hidden: int | None = option(None, "width of the hidden layers; null: heads * head_dim", ge=1)
     init: Mapping[str, float] | None = option(
-        None, "share of each branch in a fresh block; None: each gate starts at a half", gt=0, lt=1
+        None, "share of each branch in a fresh block; null: each gate starts at a half", gt=0, lt=1
     )
 
     def branch_problems(self, branches: tuple[str, ...], site: Site) -> list[Problem]:
@@ -260,7 +260,7 @@ class TokenGateSpec(FuseSpec):
     per: Literal["channel", "head", "scalar"] = option("head", "one gate per channel, head or in all")
     act: Literal["softmax", "sigmoid", "none"] = option("softmax", "what bounds the gates")
     init: Mapping[str, float] | None = option(
-        None, "gate of each branch in a fresh block; None: equal shares", ge=0, le=1
+        None, "gate of each branch in a fresh block; null: equal shares", ge=0, le=1
     )
 
     def branch_problems(self, branches: tuple[str, ...], site: Site) -> list[Problem]:

@@ -167,7 +167,7 @@ class TilesSpec(OrderSpec):
     name: ClassVar[str] = "tiles"
 
     tile: tuple[int, ...] = option((4, 4, 4), "tokens (T, H, W) per tile; extra tokens: as many per block", ge=1)
-    image_tile: tuple[int, ...] | None = option(None, "the same at T = 1; None: `tile`, cut to one frame", ge=1)
+    image_tile: tuple[int, ...] | None = option(None, "the same at T = 1; null: `tile`, cut to one frame", ge=1)
 
     def problems(self, site: Site) -> list[Problem]:
         found = []

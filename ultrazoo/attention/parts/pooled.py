@@ -30,6 +30,7 @@ class PooledSpec(SelectorSpec):
     """
 
     name: ClassVar[str] = "pooled"
+    source: ClassVar[str] = "VSA, arXiv 2505.13389; SubBlock, SGLang #34148"
 
     rule: RuleSpec = option(TopKSpec(), "how many blocks are kept", choices=RULES)
     runs: tuple[int, ...] = option((1, 1), "runs that a query block and a key block are cut into", ge=1)

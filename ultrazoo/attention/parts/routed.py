@@ -38,6 +38,7 @@ class RoutedSpec(SelectorSpec):
     """Own blocks and the best of the others, by a threshold on their mass or by number."""
 
     name: ClassVar[str] = "routed"
+    source: ClassVar[str] = "VMoBA, arXiv 2506.23858"
 
     scope: Literal["query", "head"] = option("head", "what is ranked: one query's blocks, or all pairs of a head")
     p: float | None = option(

@@ -39,6 +39,8 @@ def in_steps(rows: Rows, like: Tensor, scores: int) -> Rows:
 
 def checked(name: str, rows: Rows, scene: Scene) -> Rows:
     """The same rows; UsageError where they are no map of the scene's blocks, which names the selector that made them."""
+    if not callable(rows):
+        raise UsageError(f"selector {name!r}: its module gives a function of lo and hi, got {type(rows).__name__}")
     batch, heads = scene.q.shape[:2]
     selectable = scene.place.selectable
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import Problem
+from ...errors import Problem, UsageError
 from ...spec import Site, Spec, option
 from .orders import Place
 from .scene import Rows, Scene, checked
@@ -51,6 +51,11 @@ class SelectorSpec(Spec):
     @property
     def budgeted(self) -> bool:
         """Does the share that a `budget` around it gives stand in for one of its own (`Scene.keep`)?"""
+        return False
+
+    @property
+    def counts_steps(self) -> bool:
+        """Does it name denoising steps, so that a recipe has to say how many there are?"""
         return False
 
     def phase(self, step: int) -> Any:
@@ -120,6 +125,13 @@ def selector_problems(selector: SelectorSpec, place: Place, site: Site) -> list[
         if own.build is SelectorSpec.build:
             rule = f"{selector.name!r} is neither static nor has it a module that looks at the data"
             found.append(Problem("", rule, "give it build(site), or a map and static = True"))
+        if not found:
+            everything, said = place.queries.tokens * place.keys.starts[place.selectable], selector.bounds(place, site)
+            if not 0 <= said.least <= said.expected <= said.most <= everything:
+                rule = f"{selector.name!r} keeps {said.least}, {said.expected} and {said.most} pairs of {everything}"
+                found.append(
+                    Problem("", rule, "give the fewest, the expected and the most, in this order, at most all")
+                )
         return found
     if own.map is SelectorSpec.map:
         rule = f"{selector.name!r} is static and has no map"
@@ -129,7 +141,7 @@ def selector_problems(selector: SelectorSpec, place: Place, site: Site) -> list[
         return [
             Problem("", f"{selector.name!r} has a map of type {type(row).__name__}", f"a map is numpy's, {allowed}")
         ]
-    if row.dtype != bool or row.shape not in ((1, 1, place.selectable), (site.heads, 1, place.selectable)):
+    if row.dtype != bool or row.shape not in _shapes(1, place, site):
         rule = f"{selector.name!r} maps one query block to {row.dtype} {row.shape}"
         return [Problem("", rule, f"a map is {allowed}")]
     return []
@@ -141,12 +153,23 @@ def chunks_of(place: Place, heads: int) -> list[tuple[int, int]]:
     return [(lo, min(lo + step, place.queries.count)) for lo in range(0, place.queries.count, step)]
 
 
+def _shapes(rows: int, place: Place, site: Site) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Shapes that a static map of so many query blocks may have: of all heads, or of each."""
+    return (1, rows, place.selectable), (site.heads, rows, place.selectable)
+
+
 def static_pairs(spec: SelectorSpec, place: Place, site: Site) -> int:
     """Pairs per head of a static map, rounded to whole pairs where heads differ."""
     keys = place.keys.sizes[: place.selectable].astype(np.float64)
     total = 0.0
     for lo, hi in chunks_of(place, site.heads):
         found = spec.map(place, site, lo, hi)
+        if found.dtype != bool or found.shape not in _shapes(hi - lo, place, site):
+            allowed = " or ".join(str(shape) for shape in _shapes(hi - lo, place, site))
+            got = f"{found.dtype} {found.shape}"
+            raise UsageError(
+                f"selector {spec.name!r} maps query blocks {lo} to {hi - 1} to {got}; a map is bool {allowed}"
+            )
         total += float(((found @ keys) * place.queries.sizes[lo:hi]).sum()) / found.shape[0]
     return round(total)
 

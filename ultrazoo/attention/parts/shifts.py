@@ -29,7 +29,7 @@ class RollSpec(ShiftSpec):
     source: ClassVar[str] = "Liu et al., arXiv 2103.14030, section 3.2"
     needs: ClassVar[str] = "windows"
 
-    amount: int | tuple[int, ...] | None = option(None, "tokens of the first window per axis; None: half", ge=1)
+    amount: int | tuple[int, ...] | None = option(None, "tokens of the first window per axis; null: half", ge=1)
 
     def problems(self, site: Site) -> list[Problem]:
         if isinstance(self.amount, tuple) and len(self.amount) not in (2, 3):
