@@ -54,8 +54,8 @@ def test_one_window_at_a_time_when_memory_is_short(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(grouped.SLAB_BYTES, "cpu", 1)
     with torch.no_grad(), record() as calls:
         module(torch.randn(1, site.tokens, site.dim), site.grid, torch.tensor([3.0]))
-    # odd layer: 3 x 3 local windows, one regional, one global
-    assert [call.q[0] for call in calls] == [1] * 11
+    # odd layer: 3 x 3 local windows, 2 x 2 regional ones, one global
+    assert [call.q[0] for call in calls] == [1] * 14
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 30, 64, 1000])
