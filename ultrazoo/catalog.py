@@ -52,11 +52,12 @@ class OptionGroup:
 @dataclass(frozen=True)
 class KernelFacts:
     """What a kernel states of itself. `takes` beside q, k and v, `needs` of those; `head_dims` are the smallest and the largest
-    head size; one that is not `exact` runs only by name."""
+    head size, all of them multiples of `head_step`; one that is not `exact` runs only by name."""
 
     devices: tuple[str, ...]
     dtypes: tuple[str, ...]
     head_dims: tuple[int, int]
+    head_step: int
     takes: tuple[str, ...]
     needs: tuple[str, ...]
     exact: bool
@@ -270,6 +271,7 @@ def kernel_facts(cls: Any) -> KernelFacts:
         devices=tuple(cls.devices),
         dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in cls.dtypes),
         head_dims=tuple(cls.head_dims),
+        head_step=cls.head_step,
         takes=tuple(sorted(cls.takes)),
         needs=tuple(sorted(cls.needs)),
         exact=cls.exact,

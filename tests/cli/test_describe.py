@@ -201,17 +201,19 @@ def test_a_kernel_states_its_facts(capsys, name):
         "devices": list(cls.devices),
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in cls.dtypes],
         "head_dims": list(cls.head_dims),
+        "head_step": cls.head_step,
         "takes": sorted(cls.takes),
         "needs": sorted(cls.needs),
         "exact": cls.exact,
         "backward": cls.backward,
         "exportable": cls.exportable,
     }
+    multiples = f" that {cls.head_step} divides" if cls.head_step > 1 else ""
     text = here(capsys, "describe", name, "--kind", "kernel").out
     for head, words in (
         ("devices", ", ".join(cls.devices)),
         ("dtypes", ", ".join(data["dtypes"])),
-        ("head sizes", f"{cls.head_dims[0]} to {cls.head_dims[1]}"),
+        ("head sizes", f"{cls.head_dims[0]} to {cls.head_dims[1]}{multiples}"),
         ("takes", ", ".join(["q, k, v", *data["takes"]])),
         ("result", "exact" if cls.exact else "lossy; runs only by name"),
         ("backward", "yes" if cls.backward else "no"),

@@ -88,7 +88,7 @@ class AtlasvidSpec(AttentionSpec):
     name: ClassVar[str] = "atlasvid"
     source: ClassVar[str] = "after AtlasVid, arXiv 2605.16649 (abstract); the specification is ours"
     formula: ClassVar[str] = "y_i = W_o softmax over [window(i), proxy(i)] of (q_i k_j / sqrt(D) + log w_j) v_j"
-    minimal: ClassVar[Mapping[str, Any]] = {"window": [21, 30, 52]}
+    minimal: ClassVar[Mapping[str, Any]] = {"window": [21, 15, 26]}
 
     window: tuple[int, int, int] | None = option(
         None, "largest window (T, H, W) in tokens; null: the grid that the model was trained at", ge=1

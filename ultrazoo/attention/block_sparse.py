@@ -41,6 +41,7 @@ from .parts.selectors import (
     SinkSpec,
     UnionSpec,
     chunks_of,
+    nested,
     selector_problems,
 )
 from .parts.soft import SoftMap, soft_near
@@ -86,11 +87,19 @@ class BlockSparseSpec(AttentionSpec):
         found += [problem.under("far") for problem in self.far.problems(site)] or far_problems(self.far)
         if found:
             return found + kernel_problems(self.kernel)
+        inside = list(nested(self.selector))
+        needs_grid = any(one.needs_grid for one in inside)
         for segment in site.extra:
-            if _needs_grid(self.selector) and (segment.rows == "pattern" or segment.keys == "compete"):
+            if needs_grid and (segment.rows == "pattern" or segment.keys == "compete"):
                 rule = f"selects by place, and segment {segment.kind!r} has none (rows {segment.rows}, keys {segment.keys})"
-                found.append(Problem("selector", rule, "use rows: dense and keys: always for it, or a pooled selector"))
-        if self.selector.softness is None and _any_soft(self.selector):
+                found.append(
+                    Problem(
+                        "selector",
+                        rule,
+                        "use rows: dense and keys: always for it (extra_rows, extra_keys), or a pooled selector",
+                    )
+                )
+        if self.selector.softness is None and any(one.softness is not None for one in inside):
             found.append(
                 Problem("selector", "a soft rule stands alone", "name the pooled selector itself, without others")
             )
@@ -232,17 +241,6 @@ class BlockSparseSpec(AttentionSpec):
     @classmethod
     def examples(cls) -> list[tuple[AttentionSpec, Site]]:
         return list(_examples(cls))
-
-
-def _needs_grid(selector: SelectorSpec) -> bool:
-    inner = getattr(selector, "of", ())
-    return selector.needs_grid or any(_needs_grid(one) for one in (inner if isinstance(inner, tuple) else (inner,)))
-
-
-def _any_soft(selector: SelectorSpec) -> bool:
-    inner = getattr(selector, "of", ())
-    parts = inner if isinstance(inner, tuple) else (inner,)
-    return selector.softness is not None or any(_any_soft(one) for one in parts)
 
 
 @lru_cache(maxsize=64)

@@ -85,7 +85,7 @@ def kernel_facts(facts: KernelFacts) -> list[list[str]]:
     return [
         ["devices", ", ".join(facts.devices)],
         ["dtypes", ", ".join(facts.dtypes)],
-        ["head sizes", f"{low} to {high}"],
+        ["head sizes", f"{low} to {high}" + (f" that {facts.head_step} divides" if facts.head_step > 1 else "")],
         ["takes", ", ".join(["q, k, v", *facts.takes])],
         *([["needs", ", ".join(facts.needs)]] if facts.needs else []),
         ["result", "exact" if facts.exact else "lossy; runs only by name"],

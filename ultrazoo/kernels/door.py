@@ -170,6 +170,7 @@ class KernelSpec(Spec):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
     head_dims: ClassVar[tuple[int, int]] = (1, 1 << 16)
+    head_step: ClassVar[int] = 1
     takes: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
     backward: ClassVar[bool] = True
@@ -191,8 +192,10 @@ class KernelSpec(Spec):
     @classmethod
     def wrong_head(cls, size: int) -> str:
         """Why this kernel takes no heads of so many channels; empty where it does."""
-        low, high = cls.head_dims
-        return "" if low <= size <= high else f"head size {size} is outside {low}-{high}"
+        (low, high), step = cls.head_dims, cls.head_step
+        if not low <= size <= high:
+            return f"head size {size} is outside {low}-{high}"
+        return f"needs a head size that {step} divides, got {size}" if size % step else ""
 
     @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:

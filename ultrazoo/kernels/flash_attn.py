@@ -51,6 +51,7 @@ class _Flash(KernelSpec):
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     head_dims: ClassVar[tuple[int, int]] = (8, 256)
+    head_step: ClassVar[int] = 8
     takes: ClassVar[frozenset[str]] = frozenset({"lse"})
     module: ClassVar[str] = ""
     install: ClassVar[str] = ""
@@ -62,10 +63,6 @@ class _Flash(KernelSpec):
         if not why and torch.cuda.get_device_capability()[0] < cls.capability:
             return f"needs compute capability {cls.capability}.0 or later, this is {torch.cuda.get_device_name()}"
         return why
-
-    @classmethod
-    def wrong_head(cls, size: int) -> str:
-        return super().wrong_head(size) or ("" if size % 8 == 0 else f"needs a head size that 8 divides, got {size}")
 
     @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:
@@ -112,10 +109,6 @@ class FlashAttn3Spec(_Flash):
     capability: ClassVar[int] = 9
 
     @classmethod
-    def wrong_head(cls, size: int) -> str:
-        return super().wrong_head(size) or ("" if size % 8 == 0 else f"needs a head size that 8 divides, got {size}")
-
-    @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:
         found = super().reasons(inputs)
         if not cls.absent() and torch.cuda.get_device_capability(inputs.q.device)[0] != 9:
@@ -151,10 +144,6 @@ class FlashAttn4Spec(_Flash):
             if blocks is not None and (not blocks.uniform or blocks.largest != TILE):
                 found.append(f"takes {which} blocks of {TILE} tokens alone, {_sizes(blocks)}")
         return found
-
-    @classmethod
-    def wrong_head(cls, size: int) -> str:
-        return super().wrong_head(size) or ("" if size % 8 == 0 else f"needs a head size that 8 divides, got {size}")
 
     @classmethod
     def reasons(cls, inputs: Inputs) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import Problem
 from ...options import FrozenMap
 from ...spec import Site, option
+from .around import AroundSpec
 from .orders import Place
 from .scene import Rows, Scene, checked
 from .selectors import Bounds, SelectorSpec
@@ -37,14 +38,16 @@ def in_ranges(key: str, index: int) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetSpec(SelectorSpec):
+class BudgetSpec(AroundSpec):
     """Another kept share per head or per denoising step than the inner selector's own; another mass where its rule is topp.
 
-    A share per head is what HASTE (arXiv 2605.14513) finds offline. Steps are indices of the sampler; steps that are not listed keep the inner selector's share. A call that does not say
-    its step keeps everything: missing step information never means sparse.
+    A share per head is what HASTE (arXiv 2605.14513) finds offline. Steps are indices of the sampler; steps that are not
+    listed keep the inner selector's share. A call that does not say its step keeps everything: missing step information
+    never means sparse.
     """
 
     name: ClassVar[str] = "budget"
+    source: ClassVar[str] = "DFSAttn, arXiv 2605.23445, per step; HASTE, arXiv 2605.14513, per head"
     minimal: ClassVar[Mapping[str, Any]] = {"of": {"name": "pooled"}, "steps": {"0-9": 1.0}}
 
     of: SelectorSpec = option(doc="the selector whose share changes", kind="selector")
@@ -56,16 +59,8 @@ class BudgetSpec(SelectorSpec):
         if self.steps is not None and not isinstance(self.steps, FrozenMap):
             object.__setattr__(self, "steps", FrozenMap(self.steps))
 
-    @property
-    def is_static(self) -> bool:
-        return False
-
-    @property
-    def by_layer(self) -> bool:
-        return self.of.by_layer
-
     def problems(self, site: Site) -> list[Problem]:
-        found = [problem.under("of") for problem in self.of.problems(site)]
+        found = super().problems(site)
         if self.heads is None and not self.steps:
             found.append(Problem("heads", "neither heads nor steps is given", "give one of them"))
         if self.heads is not None and len(self.heads) != site.heads:
@@ -101,9 +96,6 @@ class BudgetSpec(SelectorSpec):
                 taken.append((span, key))
         return found
 
-    def place_problems(self, place: Place, site: Site) -> list[Problem]:
-        return [problem.under("of") for problem in self.of.place_problems(place, site)]
-
     def _shares(self, site: Site) -> list[float | None]:
         return list(self.heads) if self.heads is not None else [None]
 
@@ -133,18 +125,6 @@ class BudgetSpec(SelectorSpec):
 
     def phase(self, step: int) -> Any:
         return self.share_at(step), self.of.phase(step)
-
-    def flops(self, place: Place, site: Site) -> int:
-        return self.of.flops(place, site)
-
-    def parameters(self, site: Site) -> int:
-        return self.of.parameters(site)
-
-    def kept_bytes(self, place: Place, site: Site) -> int:
-        return self.of.kept_bytes(place, site)
-
-    def frozen(self) -> tuple[str, ...]:
-        return tuple(f"of.{name}" for name in self.of.frozen())
 
     def keeps_all(self) -> bool:
         shares = (*(self.heads or ()), *(self.steps or {}).values())

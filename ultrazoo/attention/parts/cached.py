@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ...errors import Problem
 from ...spec import Site, option
+from .around import AroundSpec
 from .kept import KeptRows, kept_bytes
 from .orders import Place
 from .scene import Rows, Scene, checked
-from .selectors import Bounds, SelectorSpec
+from .selectors import SelectorSpec
 
 VOTES = (0.4, 0.8)
 """HASTE's gate of a layer."""
@@ -24,7 +25,7 @@ EVERY = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedSpec(SelectorSpec):
+class CachedSpec(AroundSpec):
     """The inner selector's map, made anew every few steps (DFSAttn, arXiv 2605.23445), or when queries and keys have moved
     (HASTE, arXiv 2605.14513), and used again in between.
 
@@ -38,6 +39,7 @@ class CachedSpec(SelectorSpec):
     """
 
     name: ClassVar[str] = "cached"
+    source: ClassVar[str] = "DFSAttn, arXiv 2605.23445; HASTE, arXiv 2605.14513, for drift and votes"
     minimal: ClassVar[Mapping[str, Any]] = {"of": {"name": "pooled"}, "every": 12}
 
     of: SelectorSpec = option(doc="the selector whose map is kept", kind="selector")
@@ -55,19 +57,8 @@ class CachedSpec(SelectorSpec):
     )
 
     @property
-    def is_static(self) -> bool:
-        return False
-
-    @property
-    def by_layer(self) -> bool:
-        return self.of.by_layer
-
-    @property
     def budgeted(self) -> bool:
         return self.of.budgeted
-
-    def phase(self, step: int) -> Any:
-        return self.of.phase(step)
 
     @property
     def period(self) -> int | None:
@@ -80,7 +71,7 @@ class CachedSpec(SelectorSpec):
         return VOTES if self.votes is None else self.votes
 
     def problems(self, site: Site) -> list[Problem]:
-        found = [problem.under("of") for problem in self.of.problems(site)]
+        found = super().problems(site)
         if self.of.is_static:
             found.append(
                 Problem("of", f"{self.of.name!r} is the same at every step: nothing is kept", "name it itself")
@@ -94,31 +85,13 @@ class CachedSpec(SelectorSpec):
             found.append(Problem("votes", f"none below {low:g}, and all above {high:g}", "give the smaller one first"))
         return found
 
-    def place_problems(self, place: Place, site: Site) -> list[Problem]:
-        return [problem.under("of") for problem in self.of.place_problems(place, site)]
-
-    def bounds(self, place: Place, site: Site, keep: float | None = None) -> Bounds:
-        return self.of.bounds(place, site, keep)
-
-    def flops(self, place: Place, site: Site) -> int:
-        return self.of.flops(place, site)
-
-    def parameters(self, site: Site) -> int:
-        return self.of.parameters(site)
-
     def kept_bytes(self, place: Place, site: Site) -> int:
         """Of the fullest map that its bounds allow, and of the means that it was made at."""
         everything = place.queries.tokens * place.keys.starts[place.selectable]
         rows = site.heads * place.queries.count
         visited = math.ceil(rows * place.selectable * self.bounds(place, site).most / max(1, everything))
         means = 0 if self.drift is None else 2 * 4 * site.inner
-        return self.of.kept_bytes(place, site) + kept_bytes(rows, place.selectable, visited) + means
-
-    def frozen(self) -> tuple[str, ...]:
-        return tuple(f"of.{name}" for name in self.of.frozen())
-
-    def keeps_all(self) -> bool:
-        return self.of.keeps_all()
+        return super().kept_bytes(place, site) + kept_bytes(rows, place.selectable, visited) + means
 
     def build(self, site: Site) -> nn.Module:
         return _Cached(self, self.of.build(site))

@@ -24,9 +24,10 @@ class PooledSpec(SelectorSpec):
     """Scores of block means, and a rule for how many to keep.
 
     The score of a block pair is ``logsumexp over runs a, c of s · q̄_a · k̄_c`` (plain ``s · q̄ · k̄`` with one run), in fp32.
-    `normalise: row` takes each query run's softmax over all key runs first (DFSAttn): scores less their log-sum-exp, so that every
-    run of a query block has as much to give. `key_bias`: the log of the variance of a block's keys (at least 1e-12), or of ``||sum_r (k_r - k̄)^T v_r||`` (PISA). Learned projections
-    train where the rule is soft; a hard choice gives them no gradient, so they are frozen there.
+    `normalise: row` takes each query run's softmax over all key runs first (DFSAttn): scores less their log-sum-exp, so that
+    every run of a query block has as much to give. `key_bias`: the log of the variance of a block's keys (at least 1e-12), or of
+    ``||sum_r (k_r - k̄)^T v_r||`` (PISA). Learned projections train where the rule is soft; a hard choice gives them no
+    gradient, so they are frozen there.
     """
 
     name: ClassVar[str] = "pooled"

@@ -6,7 +6,7 @@ block sees at least what its selector chose; extra tokens that all see are added
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -105,14 +105,28 @@ class SelectorSpec(Spec):
         return _Static(self, site)
 
 
+def parts_of(selector: SelectorSpec) -> dict[str, SelectorSpec]:
+    """The selectors that a selector is around, by their paths in it."""
+    inner = getattr(selector, "of", ())
+    found = {f"of.{i}": one for i, one in enumerate(inner)} if isinstance(inner, tuple) else {"of": inner}
+    return {path: one for path, one in found.items() if isinstance(one, SelectorSpec)}
+
+
+def nested(selector: SelectorSpec) -> Iterator[SelectorSpec]:
+    """A selector and all that are inside it."""
+    yield selector
+    for one in parts_of(selector).values():
+        yield from nested(one)
+
+
 def selector_problems(selector: SelectorSpec, place: Place, site: Site) -> list[Problem]:
     """What a selector, or one inside it, leaves unsaid that a plan or a call asks for, and a map of the wrong kind: one row is
     made for it."""
-    inner = getattr(selector, "of", ())
-    parts = {"of": inner} if isinstance(inner, SelectorSpec) else {}
-    if isinstance(inner, tuple):
-        parts = {f"of.{i}": one for i, one in enumerate(inner) if isinstance(one, SelectorSpec)}
-    found = [problem.under(path) for path, one in parts.items() for problem in selector_problems(one, place, site)]
+    found = [
+        problem.under(path)
+        for path, one in parts_of(selector).items()
+        for problem in selector_problems(one, place, site)
+    ]
     own, allowed = type(selector), f"bool (1, rows, {place.selectable}) or ({site.heads}, rows, {place.selectable})"
     if found:
         return found
