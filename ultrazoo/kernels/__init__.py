@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .door import Inputs, KernelRow, Run, attend, exporting_to, record, table, watched
+from .door import Inputs, Run, attend, exporting_to, record, watched
+from .facts import KernelRow, table
 
 __all__ = ["Inputs", "KernelRow", "Run", "attend", "exporting_to", "record", "table", "watched"]
