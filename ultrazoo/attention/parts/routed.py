@@ -83,9 +83,6 @@ class RoutedSpec(SelectorSpec):
     def keeps_all(self) -> bool:
         return self.count is None and self.mass == 1
 
-    def place_problems(self, place: Place, site: Site) -> list[Problem]:
-        return []
-
     def build(self, site: Site) -> nn.Module:
         return _Routed(self)
 
